@@ -1,0 +1,152 @@
+"""Configuration: small frozen dataclasses by concern; derived values are properties. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from polybatch.errors import ConfigError, ModelError
+
+
+@dataclass(frozen=True, slots=True)
+class RopeSpec:
+    """Rotary position embedding (Su et al. 2021) and its length extensions.
+
+    kind: "default"; "linear" (positions / factor); "llama3" (Llama 3.1's smoothed band scaling);
+    "yarn" (Peng et al. 2023). The fields after `factor` belong to llama3 and yarn only.
+    frequency_factors: one divisor per frequency, length head_dim / 2, where a checkpoint ships them.
+    """
+
+    theta: float = 10000.0
+    kind: str = "default"
+    factor: float = 1.0
+    original_max_position: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    frequency_factors: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("default", "linear", "llama3", "yarn"):
+            raise ModelError(
+                f"rope_scaling type is {self.kind!r}; supported are default, linear, llama3 and yarn"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """What a decoder-only checkpoint is made of, whatever file format it came from.
+
+    family: registry key, the checkpoint's `model_type` ("llama", "mistral", "qwen2", "qwen3").
+    sliding_window: tokens that a query sees, itself included, or None; windowed_layers: per layer,
+    whether the window applies. qkv_bias, o_bias, mlp_bias: linear layers with a bias.
+    qk_norm: RMSNorm over each head of q and k before the rotation.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    rms_norm_eps: float
+    rope: RopeSpec
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    windowed_layers: tuple[bool, ...] = ()
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads",
+                     "num_kv_heads", "head_dim", "max_position"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ModelError(f"the checkpoint's {name} is {getattr(self, name)}; it must be positive")
+        if self.num_heads % self.num_kv_heads:
+            raise ModelError(
+                f"the checkpoint has {self.num_heads} attention heads and {self.num_kv_heads} key-value "
+                "heads; the first must be a multiple of the second"
+            )
+        if self.head_dim % 2:
+            raise ModelError(f"the checkpoint's head_dim is {self.head_dim}; it must be even")
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    def window(self, layer: int) -> int | None:
+        """Sliding window of a layer in tokens, or None where it sees everything."""
+        if self.sliding_window is None or (self.windowed_layers and not self.windowed_layers[layer]):
+            return None
+        return self.sliding_window
+
+    @property
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Adaptable linear layers of a decoder layer: module name -> (out, in)."""
+        h, q, kv, ff = self.hidden_size, self.q_size, self.kv_size, self.intermediate_size
+        return {
+            "q_proj": (q, h),
+            "k_proj": (kv, h),
+            "v_proj": (kv, h),
+            "o_proj": (h, q),
+            "gate_proj": (ff, h),
+            "up_proj": (ff, h),
+            "down_proj": (h, ff),
+        }
+
+
+DTYPES = ("float32", "bfloat16")
+QUANTIZATIONS = (None, "int8", "int4")
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSpec:
+    """Shape of the page pool: `num_pages` equal pages in every layer, one page id for all layers."""
+
+    num_pages: int
+    page_size: int
+    page_bytes: int
+    num_layers: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.num_pages * self.page_bytes * self.num_layers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """Budgets and policy of the scheduler.
+
+    max_num_batched_tokens: token budget of a step for prefill; decodes are never held back by it.
+    max_num_seqs: sequences that run at once. max_model_len: prompt + output, in tokens.
+    policy: "fcfs" or "priority".
+    """
+
+    max_num_batched_tokens: int = 2048
+    max_num_seqs: int = 256
+    max_model_len: int = 4096
+    policy: str = "fcfs"
+    enable_prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_batched_tokens", "max_num_seqs", "max_model_len"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} is {value!r}; it must be a positive integer")
+        if self.policy not in ("fcfs", "priority"):
+            raise ConfigError(f"policy is {self.policy!r}; it must be fcfs or priority")

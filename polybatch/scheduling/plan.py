@@ -1,0 +1,80 @@
+"""The plan of one step: pure data between the scheduler and whatever executes it.
+
+    Scheduler.plan(now) -> StepPlan -> executor -> StepResult -> Scheduler.commit
+
+A step is one forward pass over the new tokens of some sequences. Prefill, decode, verification
+and scoring differ only in how many tokens a chunk has and which of its rows need logits.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from polybatch.request import AdapterRef, Sequence
+
+
+class LogitRows(enum.Enum):
+    """Which rows of a chunk need logits: none (more prefill follows), the last, or all of them."""
+
+    NONE = 0
+    LAST = 1
+    ALL = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """`n_new` tokens of a sequence from position `start`; their KV slots are already in its pages."""
+
+    seq: Sequence
+    start: int
+    n_new: int
+    logits: LogitRows
+
+
+@dataclass(frozen=True, slots=True)
+class PageCopy:
+    """Copy a whole page, in every layer, before the step runs (copy-on-write)."""
+
+    src: int
+    dst: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLoad:
+    """Write an adapter's rows into these pages before the step runs."""
+
+    adapter: AdapterRef
+    pages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Everything an executor needs for one step.
+
+    Loads come first, then copies, then the forward pass. `prefetches` may be carried out at any time
+    up to the first plan that has a chunk of that adapter. `resident` maps each adapter of the
+    chunks to its pages (table order = page order within the adapter).
+    """
+
+    chunks: tuple[Chunk, ...]
+    copies: tuple[PageCopy, ...] = ()
+    loads: tuple[AdapterLoad, ...] = ()
+    resident: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Adapter digest -> its pages, for the adapters that the chunks use."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.n_new for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step produced, in the plan's order of chunks.
+
+    tokens: per chunk the new tokens, empty where the plan asked for no logits.
+    duration_s: time of the forward pass.
+    """
+
+    tokens: tuple[tuple[int, ...], ...]
+    duration_s: float = 0.0
