@@ -23,8 +23,9 @@ def _bad(name: str, value: object, limit: str) -> RequestError:
 
 
 def _check_number(name: str, value: object, low: float, high: float, limit: str) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not low <= value <= high:  # type: ignore[arg-type]
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise _bad(name, value, limit)
+    if not math.isfinite(value) or not low <= value <= high:
         raise _bad(name, value, limit)
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 import torch
 
 
-
 @dataclass(frozen=True, slots=True)
 class ModuleDelta:
     """What an adapter does to one linear layer y = W x + b of one decoder layer.
