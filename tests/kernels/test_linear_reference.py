@@ -119,5 +119,5 @@ def test_constant_weights_and_activations_stay_finite(value):
 
 
 def test_int4_refuses_inputs_that_are_no_multiple_of_the_group():
-    with pytest.raises(ConfigError, match="groups of 32 inputs.*has 48"):
+    with pytest.raises(ConfigError, match=r"groups of 32 inputs.*has 48"):
         quantize_int4(torch.zeros(4, 48))

@@ -1,5 +1,6 @@
 """ragged_attention reference against a float64 loop over single scores, on shuffled NaN-filled pages."""
 
+import itertools
 import math
 
 import torch
@@ -91,7 +92,7 @@ def test_merged_ranges_equal_the_whole(chunks, heads, cuts, window, seed):
     q, pages, table, cu_tokens, kv_lens, dense = ragged_case(chunks, heads, 4, 8, seed)
     edges = [0, *sorted(cuts), 10**6]
     parts = []
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in itertools.pairwise(edges):
         ranges = torch.tensor([[low, high]] * len(chunks), dtype=torch.int32)
         part = ragged_attention(
             q, pages, table, cu_tokens, kv_lens, scale=0.3, window=window, context_range=ranges

@@ -54,13 +54,13 @@ def quantize_int4(weight: torch.Tensor, group: int = 32) -> Int4Weight:
     Weights that already lie on 16 even levels of which each group uses both ends are recovered, but for
     the rounding of float32. Raises ConfigError unless `in` is a multiple of the group.
     """
-    num_out, num_in = weight.shape
+    num_in = weight.shape[1]
     if num_in % group:
         raise ConfigError(
             f"quantization 'int4' works on groups of {group} inputs, but a linear layer has {num_in}: "
             "use quantization 'int8' or none"
         )
-    grouped = weight.float().unflatten(1, (num_in // group, group))
+    grouped = weight.float().reshape(weight.shape[0], -1, group)
     mins, maxs = grouped.aminmax(dim=2)
     scales = (maxs - mins) / (INT4_LEVELS - 1)
     levels = torch.round((grouped - mins[..., None]) / _divisor(scales)[..., None])
@@ -72,7 +72,7 @@ def dequantize(weight: Int8Weight | Int4Weight) -> torch.Tensor:
     """The weight that the integers stand for, [out, in] float32."""
     if isinstance(weight, Int8Weight):
         return weight.values.float() * weight.scales[:, None]
-    grouped = weight.values.float().unflatten(1, (-1, weight.group))
+    grouped = weight.values.float().reshape(weight.values.shape[0], -1, weight.group)
     return (grouped * weight.scales[..., None] + weight.mins[..., None]).flatten(1)
 
 

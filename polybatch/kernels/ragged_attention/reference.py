@@ -87,8 +87,9 @@ def _attend(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q: [n, H, D]; keys, values: [KH, m, D]; visible: [n, m]. Returns [n, H, D] and [n, H]."""
-    group = q.shape[1] // keys.shape[0]
-    grouped = q.unflatten(1, (keys.shape[0], group))
+    num_new, num_heads, head_dim = q.shape
+    num_kv_heads = keys.shape[0]
+    grouped = q.reshape(num_new, num_kv_heads, num_heads // num_kv_heads, head_dim)
     scores = torch.einsum("nkgd,kmd->nkgm", grouped, keys) * scale
     scores = scores.masked_fill(~visible[:, None, None, :], -torch.inf)
     lse = torch.logsumexp(scores, dim=-1)
