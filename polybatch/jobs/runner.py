@@ -1,0 +1,280 @@
+"""Runs a job: keeps a bounded window of rows in the engine and appends results as they finish.
+
+    pending lines -> parse -> engine (window) -> finished rows -> output -> journal
+
+Memory depends on the window, not on the length of the file. Results reach the operating system
+after every step; output and journal are synced at most once a second or every 1,000 rows.
+Every line ends as a result or as an error line; a line that fails takes no other with it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from polybatch.errors import EngineError, RequestError
+from polybatch.jobs.job import Job
+from polybatch.jobs.journal import ERROR, OK
+from polybatch.jobs.lines import Line, custom_id_of, encode_output, parse_line
+from polybatch.jobs.responses import error_body, response_body
+from polybatch.jobs.schema import Call
+from polybatch.request import FinishReason, RequestOutput, SamplingParams
+
+SYNC_INTERVAL_S = 1.0
+SYNC_ROWS = 1_000
+MAX_NAMES_SHOWN = 10
+
+
+class BatchEngine(Protocol):
+    """What a job needs of an engine."""
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[int]:
+        """Token ids of a conversation up to where the answer begins. Raises RequestError."""
+        ...
+
+    def add_request(
+        self, request_id: str, prompt: str | Sequence[int], params: SamplingParams, adapter: str | None
+    ) -> None:
+        """Queue a request. Raises RequestError if it can never run."""
+        ...
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step; returns the requests that finished in it."""
+        ...
+
+    def has_work(self) -> bool: ...
+
+    def abort(self, request_id: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelNames:
+    """What `model` of a body may say: a name of the base model, or an adapter's."""
+
+    base: tuple[str, ...]
+    adapters: tuple[str, ...] = ()
+
+    def adapter_of(self, model: str) -> str | None:
+        """The adapter to use, None for the base model. Raises RequestError for an unknown name."""
+        if model in self.adapters:
+            return model
+        if model in self.base:
+            return None
+        names = [*self.base, *self.adapters]
+        more = f" and {len(names) - MAX_NAMES_SHOWN} more" if len(names) > MAX_NAMES_SHOWN else ""
+        raise RequestError(
+            f"model {model!r} is not known here; known are {', '.join(names[:MAX_NAMES_SHOWN])}{more}: "
+            "use one of them or register the adapter",
+            field="model",
+        )
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a run is. Rows count the whole job, the other figures this run alone.
+
+    rows_by_model: rows with a result, by the name their body used.
+    """
+
+    total: int
+    ok: int = 0
+    errors: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    preemptions: int = 0
+    started_s: float = 0.0
+    elapsed_s: float = 0.0
+    done_before: int = 0
+    rows_by_model: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def done(self) -> int:
+        return self.ok + self.errors
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of prompt tokens that came from the prefix cache."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    @property
+    def left_s(self) -> float | None:
+        """Estimated seconds to the end, None before anything finished."""
+        done_now = self.done - self.done_before
+        return None if not done_now else self.elapsed_s / done_now * (self.total - self.done)
+
+
+@dataclass(slots=True)
+class _Row:
+    line: Line
+    call: Call
+    request_ids: list[str]
+    outputs: dict[str, RequestOutput] = field(default_factory=dict)
+
+
+class Runner:
+    """One run over the rows of a job that lack a result.
+
+    window: no further row is submitted while so many completions are in the engine, waiting ones
+    included.
+    clock: seconds, monotonic; for progress and the sync interval only.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        engine: BatchEngine,
+        names: ModelNames,
+        window: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._job, self._engine, self._names = job, engine, names
+        self._window, self._clock = window, clock
+        self._rows: dict[str, _Row] = {}
+        self._in_flight = 0
+        self._finished: list[bytes] = []
+        self._unmarked: dict[int, int] = {}
+        self._synced_s = clock()
+        total, ok, errors = job.journal.counts()
+        self.progress = Progress(total, ok, errors, started_s=clock(), done_before=ok + errors)
+
+    def run(
+        self,
+        should_stop: Callable[[], bool] = lambda: False,
+        report: Callable[[Progress], None] = lambda progress: None,
+    ) -> bool:
+        """Work until every row has a result or an error line, or until should_stop says so.
+
+        Returns whether the job is complete. What finished is synced on every way out.
+        """
+        lines = self._job.pending_lines()
+        is_read = False
+        try:
+            while not should_stop():
+                is_read = is_read or not self._fill(lines)
+                if self._rows:
+                    if not self._engine.has_work():
+                        raise EngineError(
+                            f"the engine lost {len(self._rows)} requests, {min(self._rows)} first"
+                        )
+                    for output in self._engine.step():
+                        self._collect(output)
+                self._flush()
+                self.progress.elapsed_s = self._clock() - self.progress.started_s
+                report(self.progress)
+                if is_read and not self._rows:
+                    break
+        finally:
+            self._flush(sync=True)
+        for request_id in list(self._rows):
+            self._engine.abort(request_id)
+        return self.progress.done == self.progress.total
+
+    def _fill(self, lines: Iterator[Line]) -> bool:
+        """Submit lines until the window is full; False when there are no more."""
+        # A file of nothing but bad lines must not pile up its error lines here.
+        while self._in_flight < self._window and len(self._finished) < SYNC_ROWS:
+            line = next(lines, None)
+            if line is None:
+                return False
+            self._submit(line)
+        return True
+
+    def _submit(self, line: Line) -> None:
+        try:
+            call = parse_line(line)
+        except RequestError as error:
+            self._fail(line, 400, "invalid_request", error)
+            return
+        try:
+            adapter = self._names.adapter_of(call.model)
+        except RequestError as error:
+            self._fail(line, 404, "model_not_found", error)
+            return
+        row = _Row(line, call, [])
+        try:
+            prompts = call.prompts or (self._engine.encode_chat(call.messages),)
+            for k, prompt in enumerate(prompts):
+                request_id = f"{line.number}.{k}"
+                self._engine.add_request(request_id, prompt, call.params, adapter)
+                row.request_ids.append(request_id)
+        except RequestError as error:
+            for request_id in row.request_ids:
+                self._engine.abort(request_id)
+            self._fail(line, 400, "invalid_request", error)
+            return
+        self._rows.update(dict.fromkeys(row.request_ids, row))
+        self._in_flight += call.num_sequences
+
+    def _collect(self, output: RequestOutput) -> None:
+        row = self._rows.get(output.request_id)
+        if row is None or not output.finished:
+            return
+        failure = _failure(output)
+        if failure is None:
+            row.outputs[output.request_id] = output
+            if len(row.outputs) < len(row.request_ids):
+                return
+        for request_id in row.request_ids:
+            del self._rows[request_id]
+            if failure is not None and request_id not in row.outputs and request_id != output.request_id:
+                self._engine.abort(request_id)
+        self._in_flight -= row.call.num_sequences
+        if failure is not None:
+            self._fail(row.line, 500, "engine_error", RequestError(failure))
+        else:
+            self._succeed(row)
+
+    def _succeed(self, row: _Row) -> None:
+        outputs = [row.outputs[request_id] for request_id in row.request_ids]
+        body = response_body(
+            row.call,
+            outputs,
+            response_id=f"{self._job.fingerprint.removeprefix('pb_')}-{row.line.number}",
+            created=int(time.time()),
+            fingerprint=self._job.fingerprint,
+        )
+        self._finished.append(encode_output(row.line.number, custom_id_of(row.line), 200, body, None))
+        self._unmarked[row.line.number] = OK
+        progress, used = self.progress, body["usage"]
+        progress.ok += 1
+        progress.prompt_tokens += used["prompt_tokens"]
+        progress.cached_tokens += used["prompt_tokens_details"]["cached_tokens"]
+        progress.output_tokens += used["completion_tokens"]
+        progress.preemptions += sum(o.metrics.num_preemptions for o in outputs if o.metrics is not None)
+        progress.rows_by_model[row.call.model] += 1
+
+    def _fail(self, line: Line, status: int, code: str, error: RequestError) -> None:
+        message = f"line {line.number}: {error}"
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        body = error_body(message, kind=kind, param=error.field, code=code)
+        summary = {"code": code, "message": message}
+        self._finished.append(encode_output(line.number, custom_id_of(line), status, body, summary))
+        self._unmarked[line.number] = ERROR
+        self.progress.errors += 1
+
+    def _flush(self, sync: bool = False) -> None:
+        """Append what finished; sync output, then journal, when it is time."""
+        if self._finished:
+            self._job.output.append(b"".join(self._finished))
+            self._finished.clear()
+        now = self._clock()
+        if self._unmarked and (
+            sync or len(self._unmarked) >= SYNC_ROWS or now - self._synced_s >= SYNC_INTERVAL_S
+        ):
+            self._job.output.sync()
+            self._job.journal.mark(self._unmarked, self._job.output.size)
+            self._unmarked.clear()
+            self._synced_s = now
+
+
+def _failure(output: RequestOutput) -> str | None:
+    if output.error is not None:
+        return output.error
+    reasons = {completion.finish_reason for completion in output.outputs}
+    if not output.outputs or reasons & {FinishReason.ERROR, FinishReason.ABORT}:
+        return "the engine gave the request up without saying why"
+    return None
