@@ -147,7 +147,7 @@ def _check_keys(raw: dict[str, Any], path: Path) -> None:
     if not isinstance(init, bool) and init is not None and init not in PLAIN_INITS:
         raise AdapterError(
             f"{path}: init_lora_weights is {_short(init)}, whose pairs belong to changed base weights; save "
-            "the adapter with path_initial_model_for_weight_conversion, which makes it a plain LoRA, or merge it"
+            "the adapter with path_initial_model_for_weight_conversion, which makes it a LoRA"
         )
 
 

@@ -181,3 +181,221 @@ def test_every_layer_equals_peft(case: str, tmp_path: Path) -> None:
     family, changes, config = CASES[case]
     model = tiny_model(family, **changes)
     assert_equals_peft(model, save_adapter(model, tmp_path / "a", **config))
+
+
+@pytest.fixture
+def model() -> Any:
+    return tiny_model("qwen2")
+
+
+@pytest.fixture
+def saved(model: Any, tmp_path: Path) -> Path:
+    return save_adapter(model, tmp_path / "saved", r=3, target_modules=["q_proj", "up_proj"])
+
+
+def edit(path: Path, tensors: dict[str, torch.Tensor | None] | None = None, **config: Any) -> Path:
+    """Change keys of a saved adapter's configuration and its tensors; None removes a tensor."""
+    raw = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps({**raw, **config}))
+    if tensors is not None:
+        stored = {**load_file(path / "adapter_model.safetensors"), **tensors}
+        save_file({k: v for k, v in stored.items() if v is not None}, path / "adapter_model.safetensors")
+    return path
+
+
+def name_of(layer: int, module: str, part: str) -> str:
+    parent = "self_attn" if module in ATTENTION else "mlp"
+    return f"base_model.model.model.layers.{layer}.{parent}.{module}.{part}"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("peft_type", "LOHA"),
+        ("peft_type", None),
+        ("target_parameters", ["mlp.experts"]),
+        ("trainable_token_indices", [1, 2]),
+        ("alora_invocation_tokens", [5]),
+        ("lora_bias", True),
+        ("megatron_config", {"a": 1}),
+        ("layer_replication", [[0, 2]]),
+        ("use_qalora", True),
+        ("use_bdlora", {"nblocks": 2}),
+        ("kasa_config", {"beta": 1}),
+        ("arrow_config", {"top_k": 2}),
+        ("monteclora_config", {"x": 1}),
+        ("a_key_of_tomorrow", 1),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "pissa_niter_4"),
+        ("init_lora_weights", "olora"),
+        ("init_lora_weights", "corda"),
+        ("init_lora_weights", "loftq"),
+        ("r", 0),
+        ("r", "8"),
+        ("r", True),
+        ("lora_alpha", float("nan")),
+        ("bias", "some"),
+        ("use_dora", "yes"),
+        ("rank_pattern", {"(": 4}),
+        ("rank_pattern", {"q_proj": -1}),
+        ("target_modules", "("),
+        ("target_modules", [3]),
+        ("layers_to_transform", ["0"]),
+    ],
+)
+def test_an_unsupported_or_bad_key_is_refused_by_name(key: str, value: Any, model: Any, saved: Path) -> None:
+    with pytest.raises(AdapterError, match=key):
+        load_peft(edit(saved, **{key: value}), TransformersWeights(model))
+
+
+def test_keys_that_matter_only_in_training_are_accepted(model: Any, saved: Path) -> None:
+    before = load_peft(saved, TransformersWeights(model)).digest
+    edit(saved, lora_dropout=0.3, inference_mode=False, init_lora_weights="gaussian", a_key_of_tomorrow=None)
+    assert load_peft(saved, TransformersWeights(model)).digest == before
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({name_of(0, "q_proj", "lora_B.weight"): None}, "only one half"),
+        (
+            {name_of(1, "up_proj", f"lora_{x}.weight"): None for x in "AB"},
+            r"lacks .*layers\.1\.mlp\.up_proj",
+        ),
+        ({name_of(0, "v_proj", "lora_A.weight"): torch.ones(3, 24),
+          name_of(0, "v_proj", "lora_B.weight"): torch.ones(12, 3)}, r"v_proj.*does not target"),
+        ({name_of(0, "q_proj", "lora_A.weight"): torch.ones(4, 24)}, r"\[4, 24\].*\[3, 24\]"),
+        ({name_of(0, "q_proj", "lora_A.weight"): torch.ones(3, 25)}, r"\[3, 25\].*\[3, 24\]"),
+        ({name_of(0, "q_proj", "lora_A.weight"): torch.ones(3)}, r"\[3\].*\[3, 24\]"),
+        ({name_of(0, "q_proj", "lora_A.weight"): torch.full((3, 24), torch.nan)}, "NaN"),
+        ({name_of(0, "q_proj", "lora_B.weight"): torch.full((24, 3), 3e38)}, "exceeds float32"),
+        ({name_of(0, "q_proj", "lora_A.weight"): torch.ones(3, 24, dtype=torch.int8)}, "I8"),
+        ({name_of(3, "q_proj", "lora_A.weight"): torch.ones(3, 24)}, "layer 3.*3 layers"),
+        ({name_of(0, "q_proj", "lora_magnitude_vector"): torch.ones(24)}, "use_dora is False"),
+        ({name_of(0, "q_proj", "lora_B.bias"): torch.ones(24)}, "lora_B.bias"),
+        ({name_of(0, "q_proj", "base_layer.bias"): torch.ones(24)}, "bias none"),
+        ({name_of(0, "q_proj", "weight"): torch.ones(24, 24)}, "not supported there"),
+        ({"base_model.model.model.norm.weight": torch.ones(24)}, "changes model.norm"),
+        ({"base_model.model.score.weight": torch.ones(2, 24)}, "changes score"),
+        ({"base_model.model.model.layers.0.mlp.q_proj.lora_A.weight": torch.ones(3, 24)}, "mlp.q_proj"),
+        ({"base_model.model.lm_head.weight": torch.ones(43, 24)}, r"\[43, 24\].*vocabulary resized"),
+        ({"prompt_embeddings": torch.ones(4, 24)}, "prompt_embeddings"),
+    ],
+)  # fmt: skip
+def test_a_tensor_out_of_place_is_refused_by_name(
+    tensors: dict[str, torch.Tensor | None], message: str, model: Any, saved: Path
+) -> None:
+    with pytest.raises(AdapterError, match=message):
+        load_peft(edit(saved, tensors), TransformersWeights(model))
+
+
+def test_dora_without_magnitudes_is_refused(model: Any, saved: Path) -> None:
+    with pytest.raises(AdapterError, match="no lora_magnitude_vector, but use_dora is True"):
+        load_peft(edit(saved, use_dora=True), TransformersWeights(model))
+
+
+def test_a_saved_table_that_the_file_lacks_is_refused(model: Any, saved: Path) -> None:
+    with pytest.raises(AdapterError, match="lacks the table of lm_head"):
+        load_peft(edit(saved, modules_to_save=["lm_head"]), TransformersWeights(model))
+
+
+def test_a_bias_on_a_layer_without_one_is_refused(saved: Path) -> None:
+    bias = {name_of(0, "q_proj", "base_layer.bias"): torch.ones(24)}
+    with pytest.raises(AdapterError, match="the base model has none"):
+        load_peft(edit(saved, bias, bias="all"), TransformersWeights(tiny_model("llama")))
+
+
+def test_shapes_are_refused_before_any_base_weight_is_read(model: Any, tmp_path: Path) -> None:
+    path = save_adapter(model, tmp_path / "a", r=3, use_dora=True, target_modules=["q_proj"])
+    base = TransformersWeights(model)
+    with pytest.raises(AdapterError):
+        load_peft(edit(path, {name_of(2, "q_proj", "lora_A.weight"): torch.ones(3, 9)}), base)
+    assert base.linear_reads == []
+
+
+def test_pickled_weights_are_refused_with_a_way_out(model: Any, saved: Path) -> None:
+    (saved / "adapter_model.safetensors").rename(saved / "adapter_model.bin")
+    with pytest.raises(AdapterError, match=r"pickle.*safe_serialization"):
+        load_peft(saved, TransformersWeights(model))
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 8 + b"{}", b"\x10\0\0\0\0\0\0\0not json at all!"])
+def test_a_malformed_weights_file_is_refused(content: bytes, model: Any, saved: Path) -> None:
+    (saved / "adapter_model.safetensors").write_bytes(content)
+    with pytest.raises(AdapterError, match="not a readable safetensors file"):
+        load_peft(saved, TransformersWeights(model))
+
+
+def test_a_truncated_weights_file_is_refused(model: Any, saved: Path) -> None:
+    file = saved / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(AdapterError, match="not a readable safetensors file"):
+        load_peft(saved, TransformersWeights(model))
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{", "[" * 100_000])
+def test_a_malformed_configuration_is_refused(content: str, model: Any, saved: Path) -> None:
+    (saved / "adapter_config.json").write_text(content)
+    with pytest.raises(AdapterError, match=r"adapter_config\.json"):
+        load_peft(saved, TransformersWeights(model))
+
+
+def test_path_errors_say_what_to_give(model: Any, saved: Path) -> None:
+    base = TransformersWeights(model)
+    with pytest.raises(AdapterError, match="does not exist"):
+        load_peft(saved / "nowhere", base)
+    with pytest.raises(AdapterError, match="is a file"):
+        load_peft(saved / "adapter_config.json", base)
+    (saved / "adapter_model.safetensors").unlink()
+    with pytest.raises(AdapterError, match=r"has no adapter_model\.safetensors"):
+        load_peft(saved, base)
+    (saved / "adapter_config.json").unlink()
+    with pytest.raises(AdapterError, match=r"has no adapter_config\.json"):
+        load_peft(saved, base)
+
+
+def test_equal_weights_have_equal_digests_whatever_splits_their_scaling(model: Any, saved: Path) -> None:
+    base = TransformersWeights(model)
+    first = load_peft(saved, base)
+    doubled = {k: v / 2 for k, v in load_file(saved / "adapter_model.safetensors").items() if "lora_B" in k}
+    again = load_peft(edit(saved, doubled, lora_alpha=16), base)
+    assert again.digest == first.digest
+    assert load_peft(edit(saved, lora_alpha=17), base).digest != first.digest
+
+
+def test_one_changed_value_changes_the_digest(model: Any, saved: Path) -> None:
+    base = TransformersWeights(model)
+    first = load_peft(saved, base).digest
+    name = name_of(2, "up_proj", "lora_A.weight")
+    row = load_file(saved / "adapter_model.safetensors")[name]
+    row[2, 23] += 1e-3
+    assert load_peft(edit(saved, {name: row}), base).digest != first
+
+
+def test_deltas_are_contiguous_float32_whatever_the_file_holds(model: Any, saved: Path) -> None:
+    halves = {k: v.bfloat16() for k, v in load_file(saved / "adapter_model.safetensors").items()}
+    adapter = load_peft(edit(saved, halves), TransformersWeights(model))
+    for delta in (d for layer in adapter.layers for d in layer.values()):
+        for tensor in (delta.a, delta.b):
+            assert tensor.dtype == torch.float32
+            assert tensor.is_contiguous()
+
+
+def test_unchanged_stored_tables_cost_nothing(tmp_path: Path) -> None:
+    model = tiny_model("llama", tie_word_embeddings=True)
+    path = save_adapter(model, tmp_path / "a", r=2, target_modules=["embed_tokens"])
+    key = "base_model.model.model.embed_tokens.base_layer.weight"
+    assert key in load_file(path / "adapter_model.safetensors")
+    adapter = load_peft(path, TransformersWeights(model))
+    assert adapter.lm_head is None
+    assert adapter.embedding is not None
+    assert adapter.embedding.full is None
+
+
+def test_a_replaced_table_of_a_tied_model_changes_both_ends(tmp_path: Path) -> None:
+    model = tiny_model("llama", tie_word_embeddings=True)
+    path = save_adapter(model, tmp_path / "a", r=2, target_modules=["q_proj"])
+    table = {"base_model.model.model.embed_tokens.weight": torch.randn(41, 24)}
+    adapter = assert_equals_peft(model, edit(path, table))
+    assert adapter.embedding is not None
+    assert adapter.lm_head is not None
