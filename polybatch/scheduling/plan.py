@@ -62,6 +62,8 @@ class StepPlan:
     loads: tuple[AdapterLoad, ...] = ()
     resident: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Adapter digest -> its pages, for the adapters that the chunks use."""
+    preempted: tuple[Sequence, ...] = ()
+    """Sequences that lost their pages in this plan; the executor forgets them before anything else."""
 
     @property
     def num_tokens(self) -> int:

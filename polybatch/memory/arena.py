@@ -1,0 +1,80 @@
+"""One pool for KV, cached prefixes and adapters: allocation that evicts what was idle for longest.
+
+free + kv + adapter + cached = all pages, at every moment. KV pages are those that some sequence holds.
+Evictable are cached pages and idle adapters; which goes first is decided by one logical clock.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable
+
+from polybatch.config import PoolSpec
+from polybatch.memory.adapter_cache import AdapterCache
+from polybatch.memory.pages import Clock, PagePool
+from polybatch.memory.prefix_tree import PrefixTree
+
+
+class Arena:
+    """The page pool with its two caches."""
+
+    def __init__(self, spec: PoolSpec) -> None:
+        clock = Clock()
+        self.page_size = spec.page_size
+        self.pool = PagePool(spec.num_pages)
+        self.tree = PrefixTree(self.pool, spec.page_size, clock)
+        self.adapters = AdapterCache(self.pool, clock)
+
+    @property
+    def num_available(self) -> int:
+        """Pages that can be had without taking anything from a running sequence."""
+        return self.pool.num_free + self.pool.num_cached + self.adapters.num_evictable
+
+    @property
+    def num_kv(self) -> int:
+        """Pages whose KV running sequences hold."""
+        pool = self.pool
+        return pool.num_pages - pool.num_free - pool.num_cached - self.adapters.num_pages
+
+    def pages_for(self, num_tokens: int) -> int:
+        """Pages that hold the KV of so many tokens."""
+        return -(-num_tokens // self.page_size)
+
+    def allocate(self, n: int, protected: Collection[str] = ()) -> list[int] | None:
+        """Take `n` pages, evicting the least recently used idle content as far as needed.
+
+        protected: digests of idle adapters to spare. Returns None, with nothing evicted, where even
+        evicting everything would not do.
+        """
+        if self.pool.num_free < n:
+            spared = self.adapters.num_evictable - self.adapters.num_evictable_without(protected)
+            if self.num_available - spared < n:
+                return None
+            while self.pool.num_free < n:
+                self._evict_oldest(protected)
+        return self.pool.allocate(n)
+
+    def _evict_oldest(self, protected: Collection[str]) -> None:
+        leaf = self.tree.oldest()
+        idle = self.adapters.oldest(protected)
+        if idle is not None and (leaf is None or idle.last_used < leaf):
+            self.adapters.evict(idle.ref.digest)
+        else:
+            is_evicted = self.tree.evict()
+            assert is_evicted, "pages counted as available cannot be evicted"
+
+    def check(self, held: Iterable[list[int]]) -> None:
+        """Assert exact accounting. held: the pages of every sequence. O(num_pages); for tests."""
+        self.pool.check()
+        self.tree.check()
+        self.adapters.check()
+        refs: Counter[int] = Counter()
+        for pages in held:
+            assert len(set(pages)) == len(pages), "a sequence holds a page twice"
+            refs.update(pages)
+        num_kv = len(refs)
+        refs.update(self.tree.pages())
+        assert not refs.keys() & set(self.adapters.pages()), "a page holds both KV and an adapter"
+        refs.update(self.adapters.pages())
+        assert [refs[page] for page in range(self.pool.num_pages)] == self.pool.refs
+        assert num_kv == self.num_kv

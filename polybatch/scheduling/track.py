@@ -1,0 +1,80 @@
+"""What the scheduler keeps about a sequence beside the sequence itself, worked out once at the door."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from polybatch.memory.adapter_cache import ResidentAdapter
+from polybatch.memory.prefix_tree import Node
+from polybatch.request import Sequence
+from polybatch.scheduling.policies import Key
+
+
+class Track:
+    """A live sequence as the scheduler sees it.
+
+    key: its place in the policy's order, unique. namespace: where its KV is cached, None for nowhere.
+    is_scored: it needs logits for its prompt; `num_scored` prompt tokens have had theirs.
+    capacity: tokens that its pages can hold. node: its deepest own page in the prefix tree.
+    adapter: held while it runs. held_by, held_until: it waits for that running sequence to compute so
+    many tokens of their common prefix, so that they are not computed twice.
+    """
+
+    __slots__ = (
+        "adapter",
+        "capacity",
+        "held_by",
+        "held_until",
+        "is_scored",
+        "key",
+        "max_len",
+        "max_pages",
+        "min_len",
+        "namespace",
+        "node",
+        "num_scored",
+        "seq",
+        "stop_ids",
+    )
+
+    def __init__(self, seq: Sequence, key: Key, namespace: str | None, max_pages: int) -> None:
+        request = seq.request
+        self.seq = seq
+        self.key = key
+        self.namespace = namespace
+        self.stop_ids = request.stop_token_ids
+        self.min_len = seq.num_prompt + request.params.min_tokens
+        self.max_len = seq.num_prompt + request.max_tokens
+        self.max_pages = max_pages
+        self.is_scored = request.params.prompt_logprobs is not None and seq.index == 0
+        self.num_scored = 0
+        self.capacity = 0
+        self.node: Node | None = None
+        self.adapter: ResidentAdapter | None = None
+        self.held_by: Track | None = None
+        self.held_until = 0
+
+    @property
+    def is_scoring(self) -> bool:
+        """Whether prompt logits are still missing; then nothing may be read from the prefix tree."""
+        return self.is_scored and self.num_scored < self.seq.num_prompt
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerStats:
+    """A snapshot: sequences, pages by what they hold, and running totals since the start."""
+
+    num_running: int
+    num_waiting: int
+    num_pages: int
+    num_free_pages: int
+    num_kv_pages: int
+    num_adapter_pages: int
+    num_cached_pages: int
+    num_resident_adapters: int
+    num_adapter_loads: int
+    num_prefix_query_tokens: int
+    num_prefix_hit_tokens: int
+    num_preemptions: int
+    num_prefill_tokens: int
+    num_output_tokens: int

@@ -1,0 +1,237 @@
+"""A device made of dicts that checks every read, and a driver that checks every plan.
+
+Each KV slot remembers for which (adapter, salt), token, position and whole history it was written. Before a
+chunk runs, every earlier position of its sequence must read back exactly what that sequence
+would have written itself: sharing, copy-on-write, forks, eviction and preemption are then right.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+from polybatch.config import PoolSpec, SchedulerConfig
+from polybatch.request import AdapterRef, Request, SamplingParams, Sequence, SequenceStatus
+from polybatch.scheduling.plan import Chunk, LogitRows, StepPlan, StepResult
+from polybatch.scheduling.scheduler import MIN_PREFILL_TOKENS, Scheduler
+
+VOCAB = 5
+EOS = 0
+
+Cell = tuple[object, ...]
+
+
+def pool_of(num_pages: int, page_size: int = 4) -> PoolSpec:
+    return PoolSpec(num_pages=num_pages, page_size=page_size, page_bytes=64, num_layers=1)
+
+
+def adapter_of(name: str, num_pages: int = 1, version: int = 0) -> AdapterRef:
+    return AdapterRef(name=name, digest=f"{name}@{version}", num_pages=num_pages)
+
+
+def request_of(
+    request_id: str,
+    prompt: list[int] | int,
+    max_tokens: int = 4,
+    *,
+    adapter: AdapterRef | None = None,
+    priority: int = 0,
+    salt: str = "",
+    stop: frozenset[int] = frozenset(),
+    n: int = 1,
+    prompt_logprobs: int | None = None,
+    min_tokens: int = 0,
+) -> Request:
+    """A request whose prompt is given or, for a number, that many distinct tokens."""
+    tokens = list(range(100, 100 + prompt)) if isinstance(prompt, int) else prompt
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=tuple(tokens),
+        params=SamplingParams(
+            n=n, prompt_logprobs=prompt_logprobs, max_tokens=max_tokens, min_tokens=min_tokens
+        ),
+        max_tokens=max_tokens,
+        seed=len(tokens),
+        stop_token_ids=stop,
+        adapter=adapter,
+        priority=priority,
+        cache_salt=salt,
+    )
+
+
+class FakeDevice:
+    """Pages of cells. `empty_every`: every so many samples bring no token at all."""
+
+    def __init__(self, page_size: int, empty_every: int = 0) -> None:
+        self.page_size = page_size
+        self.empty_every = empty_every
+        self.num_samples = 0
+        self.kv: dict[int, dict[int, Cell]] = {}
+        self.rows: dict[int, tuple[str, int]] = {}
+        self.histories: dict[Sequence, list[Cell]] = {}
+        self.scored: Counter[tuple[Sequence, int]] = Counter()
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        for load in plan.loads:
+            assert len(load.pages) == load.adapter.num_pages
+            for index, page in enumerate(load.pages):
+                self.kv.pop(page, None)
+                self.rows[page] = (load.adapter.digest, index)
+        for copy in plan.copies:
+            self.rows.pop(copy.dst, None)
+            self.kv[copy.dst] = dict(self.kv[copy.src])
+        for chunk in plan.chunks:
+            self._read(chunk, plan)
+        slots: set[tuple[int, int]] = set()
+        for chunk in plan.chunks:
+            self._write(chunk, slots)
+        return StepResult(tokens=tuple(self._sample(chunk) for chunk in plan.chunks))
+
+    def history(self, seq: Sequence) -> list[Cell]:
+        """What a sequence writes at each position, as a hash of everything before it."""
+        cells = self.histories.setdefault(seq, [])
+        digest = "" if seq.adapter is None else seq.adapter.digest
+        for position in range(len(cells), seq.num_tokens):
+            before = hash(cells[-1]) if cells else 0
+            cells.append((digest, seq.request.cache_salt, seq.tokens[position], position, before))
+        return cells
+
+    def _read(self, chunk: Chunk, plan: StepPlan) -> None:
+        seq = chunk.seq
+        cells = self.history(seq)
+        for position in range(chunk.start):
+            page = seq.pages[position // self.page_size]
+            found = self.kv.get(page, {}).get(position % self.page_size)
+            assert found == cells[position], f"{seq!r} reads {found} at {position}, wrote {cells[position]}"
+        if seq.adapter is not None:
+            pages = plan.resident[seq.adapter.digest]
+            wanted = [(seq.adapter.digest, index) for index in range(seq.adapter.num_pages)]
+            assert [self.rows.get(page) for page in pages] == wanted
+
+    def _write(self, chunk: Chunk, slots: set[tuple[int, int]]) -> None:
+        seq = chunk.seq
+        cells = self.history(seq)
+        for position in range(chunk.start, chunk.start + chunk.n_new):
+            slot = (seq.pages[position // self.page_size], position % self.page_size)
+            assert slot not in slots, "two sequences write to one slot"
+            slots.add(slot)
+            self.rows.pop(slot[0], None)
+            self.kv.setdefault(slot[0], {})[slot[1]] = cells[position]
+            if chunk.logits is LogitRows.ALL:
+                self.scored[seq, position] += 1
+
+    def _sample(self, chunk: Chunk) -> tuple[int, ...]:
+        seq = chunk.seq
+        if chunk.logits is LogitRows.NONE or chunk.start + chunk.n_new < seq.num_tokens:
+            return ()
+        self.num_samples += 1
+        if self.empty_every and self.num_samples % self.empty_every == 0:
+            return ()
+        # Without the sequence's index, so that siblings also meet equal continuations.
+        return (hash((seq.request.seed, seq.num_tokens, seq.num_tokens % 3 and seq.index)) % VOCAB,)
+
+
+class Driver:
+    """Runs a scheduler on the fake device and checks the laws of every step."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        pool: PoolSpec,
+        *,
+        empty_every: int = 0,
+        check_every: int = 1,
+    ) -> None:
+        self.config = config
+        self.scheduler = Scheduler(config, pool)
+        self.device = FakeDevice(pool.page_size, empty_every)
+        self.check_every = check_every
+        self.now = 0.0
+        self.live: list[Sequence] = []
+        self.plans: list[StepPlan] = []
+
+    def add(self, request: Request) -> list[Sequence]:
+        sequences = self.scheduler.add(request, self.now)
+        self.live += sequences
+        return sequences
+
+    def abort(self, request_id: str) -> list[Sequence]:
+        ended = self.scheduler.abort(request_id)
+        self.forget_ended()
+        return ended
+
+    def plan(self) -> StepPlan | None:
+        """Plan a step and check what must hold for every plan."""
+        self.now += 1
+        decoding = [seq for seq in self.live if seq.status is SequenceStatus.RUNNING and is_decoding(seq)]
+        first = self.scheduler._running[0].seq if self.scheduler._running else None
+        plan = self.scheduler.plan(self.now)
+        if plan is None:
+            assert not self.live
+            return None
+        planned = {chunk.seq: chunk for chunk in plan.chunks}
+        assert len(planned) == len(plan.chunks)
+        assert first is None or first in planned, "the first in order did not progress"
+        for seq in decoding:
+            assert seq in planned or seq in plan.preempted, "a decode was skipped"
+        num_decodes = sum(is_decoding(chunk.seq) for chunk in plan.chunks)
+        limit = self.config.max_num_batched_tokens
+        num_prefill = plan.num_tokens - num_decodes
+        assert num_prefill <= max(limit - num_decodes, min(MIN_PREFILL_TOKENS, limit))
+        assert not set(planned) & set(plan.preempted)
+        used = {seq.adapter.digest for seq in planned if seq.adapter is not None}
+        assert set(plan.resident) == used
+        self.plans.append(plan)
+        return plan
+
+    def step(self) -> list[Sequence]:
+        plan = self.plan()
+        return [] if plan is None else self.complete(plan)
+
+    def complete(self, plan: StepPlan) -> list[Sequence]:
+        finished = self.scheduler.commit(plan, self.device.execute(plan))
+        self.forget_ended()
+        if self.check_every and int(self.now) % self.check_every == 0:
+            self.scheduler.check()
+        return finished
+
+    def run(self, max_steps: int = 100_000) -> None:
+        """Step until everything has ended."""
+        for _ in range(max_steps):
+            if not self.scheduler.has_work:
+                break
+            self.step()
+        assert not self.scheduler.has_work, f"still at work after {max_steps} steps"
+        assert not self.live
+        self.scheduler.check()
+        assert self.scheduler.stats().num_kv_pages == 0, "an ended sequence left pages behind"
+
+    def forget_ended(self) -> None:
+        for seq in self.live:
+            if seq.status is SequenceStatus.FINISHED:
+                self.device.histories.pop(seq, None)
+        self.live = [seq for seq in self.live if seq.status is not SequenceStatus.FINISHED]
+
+
+def is_decoding(seq: Sequence) -> bool:
+    return seq.num_uncomputed == 1 and seq.num_computed >= seq.num_prompt
+
+
+def random_request(
+    rng: random.Random, request_id: str, adapters: list[AdapterRef], max_len: int
+) -> Request:
+    """Short alphabets and a few common prefixes make prefixes meet often."""
+    prefix = [1 + index % 3 for index in range(rng.choice([0, 0, 4, 9, 16, 25]))]
+    prompt = prefix + [rng.randrange(1, 4) for _ in range(rng.randint(1, 12))]
+    prompt = prompt[: max(1, max_len // 2)]
+    return request_of(
+        request_id,
+        prompt,
+        rng.randint(1, max(1, max_len - len(prompt))),
+        adapter=rng.choice([None, *adapters]) if rng.random() < 0.7 else None,
+        priority=rng.randrange(3),
+        salt=rng.choice(["", "", "tenant"]),
+        stop=frozenset({EOS}) if rng.random() < 0.5 else frozenset(),
+        n=rng.choice([1, 1, 1, 2, 4]),
+        prompt_logprobs=0 if rng.random() < 0.15 else None,
+    )
