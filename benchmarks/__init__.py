@@ -1,0 +1,1 @@
+"""Benchmarks: one folder per kind of machine, results as JSON under results/."""
