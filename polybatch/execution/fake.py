@@ -4,21 +4,23 @@ Its logits are pseudo-random numbers keyed by (adapter digest, token history). T
 read from the sequence but from the page pool, where every slot holds a rolling hash of the tokens
 up to its position: a wrong page, a prefix shared across adapters, a missing copy or a page freed
 too early changes the output, as it would in a real model. Adapter pages are marked when loaded and
-checked when used. `ByteTokenizer` goes with it.
+checked when used. `ByteTokenizer` and `FakeAdapters` go with it.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from polybatch.adapters.weights import AdapterWeights
+from polybatch.adapters.weights import AdapterWeights, ModuleDelta
 from polybatch.config import ModelSpec, PoolSpec, RopeSpec
-from polybatch.errors import EngineError
+from polybatch.errors import EngineError, RequestError
+from polybatch.request import AdapterRef
 from polybatch.request import Sequence as RunningSequence
 from polybatch.sampling.random import GOLDEN, MASK, mix, mix_array
 from polybatch.scheduling.plan import Chunk, LogitRows, StepPlan
@@ -120,12 +122,13 @@ class FakeExecutor:
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as token ids 0-255; 256 ends a sequence, 257 opens a chat message."""
+    """UTF-8 bytes as token ids 0-255; 256 ends a sequence, 257 is special too."""
 
     vocab_size = 258
     eos_token_id = 256
     bos_token_id: int | None = None
     all_special_ids: frozenset[int] = frozenset((256, 257))
+    byte_scheme = "byte_level"
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
@@ -146,13 +149,46 @@ class ByteTokenizer:
         """Text of one token alone, special ones by name."""
         if token_id < 256:
             return bytes([token_id]).decode(errors="replace")
-        return "<eos>" if token_id == 256 else "<msg>"
+        return "<eos>" if token_id == 256 else "<bos>"
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < 256 else self.token_text(token_id).encode()
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **kwargs: Any
-    ) -> list[int]:
-        """Token ids of a conversation: <msg>role:content per message, then <msg>assistant:."""
-        ids: list[int] = []
-        for message in messages:
-            ids += [257, *f"{message['role']}:{message['content']}".encode()]
-        return [*ids, 257, *b"assistant:"] if add_generation_prompt else ids
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """A line "role: content" per message, then "assistant:"."""
+        lines = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+        return lines + "assistant:" if add_generation_prompt else lines
+
+
+class FakeAdapters:
+    """Registered stub adapters: `add(name)` makes one whose content follows from (name, version)."""
+
+    def __init__(self, executor: FakeExecutor) -> None:
+        self._executor = executor
+        self._refs: dict[str, AdapterRef] = {}
+        self._weights: dict[str, AdapterWeights] = {}
+        self.held: Counter[str] = Counter()
+
+    def add(self, name: str, rank: int = 4, version: int = 0) -> AdapterRef:
+        delta = ModuleDelta(torch.ones(rank, 2), torch.ones(rank, 2))
+        digest = hashlib.sha256(f"{name}/{version}".encode()).hexdigest()
+        weights = AdapterWeights(digest, ({"q_proj": delta},))
+        self._weights[digest] = weights
+        self._refs[name] = AdapterRef(name, digest, self._executor.adapter_pages(weights))
+        return self._refs[name]
+
+    def get(self, name: str) -> AdapterRef:
+        if name not in self._refs:
+            raise RequestError(f"adapter {name!r} is unknown; known are {list(self._refs)}", field="adapter")
+        return self._refs[name]
+
+    def weights(self, digest: str) -> AdapterWeights:
+        return self._weights[digest]
+
+    def hold(self, digest: str) -> None:
+        self.held[digest] += 1
+
+    def release(self, digest: str) -> None:
+        self.held[digest] -= 1

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from polybatch.sampling.rows import log_normalizer, top_candidates
 
+MAX_ROWS = 128
+"""Rows worked on at once: each takes a few copies of itself in memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
@@ -33,6 +36,9 @@ def gather_logprobs(logits: Tensor, tokens: SequenceOf[int], num_top: SequenceOf
 
     logits: [L, V] float32, raw. tokens, num_top: one per row.
     """
+    if len(tokens) > MAX_ROWS:
+        rest = gather_logprobs(logits[MAX_ROWS:], tokens[MAX_ROWS:], num_top[MAX_ROWS:])
+        return gather_logprobs(logits[:MAX_ROWS], tokens[:MAX_ROWS], num_top[:MAX_ROWS]) + rest
     normalizer = log_normalizer(logits)
     own = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])
     ranks = ((logits > own).sum(dim=1) + 1).tolist()

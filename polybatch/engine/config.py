@@ -1,0 +1,171 @@
+"""What the user may set, and the pure function that turns every "auto" into a value.
+
+`EngineConfig` is what was asked. `resolve` looks at the model and the machine's memory once and
+returns a `ResolvedConfig`, in which nothing is left to choose.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from polybatch.config import DTYPES, QUANTIZATIONS, ModelSpec, PoolSpec, SchedulerConfig
+from polybatch.errors import ConfigError
+
+PAGE_SIZE = 16
+MEMORY_SHARE = 0.25
+"""Of the available memory, what the page pool may take unless told."""
+
+_UNITS = {"B": 1} | {
+    f"{prefix}{kind}": base ** (power + 1)
+    for power, prefix in enumerate("KMGT")
+    for kind, base in (("B", 1000), ("iB", 1024))
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Settings of an engine as the user wrote them.
+
+    dtype: of activations and KV: "auto", "float32" or "bfloat16". device: "auto" or "cpu".
+    quantization: of the linear weights: None, "int8" or "int4".
+    max_model_len: prompt + output in tokens; None is the model's own limit, or what memory holds.
+    memory: of the page pool (KV and adapters): bytes or text such as "2GiB"; None is a quarter of
+        the available memory, or less if that cannot be used.
+    max_num_batched_tokens: prefill tokens per step. max_num_seqs: sequences that run at once.
+    policy: "fcfs" or "priority". executor: "auto", "cpu" (compiled) or "eager" (the torch reference).
+    threads: of the executor; None is one per physical core. seed: for requests without their own.
+
+    Raises ConfigError where a value cannot work on its own.
+    """
+
+    dtype: str = "auto"
+    device: str = "auto"
+    quantization: str | None = None
+    max_model_len: int | None = None
+    memory: int | str | None = None
+    max_num_batched_tokens: int = 2048
+    max_num_seqs: int = 256
+    enable_prefix_caching: bool = True
+    seed: int = 0
+    policy: str = "fcfs"
+    executor: str = "auto"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("dtype", self.dtype, ("auto", *DTYPES))
+        _check_choice("quantization", self.quantization, QUANTIZATIONS)
+        _check_choice("executor", self.executor, ("auto", "cpu", "eager"))
+        if self.device == "cuda" or self.device.startswith("cuda:"):
+            raise ConfigError(
+                f"device is {self.device!r}; only the CPU is supported so far: use device='cpu'"
+            )
+        _check_choice("device", self.device, ("auto", "cpu"))
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ConfigError(f"seed is {self.seed!r}; it must be an integer")
+        if self.threads is not None and (not isinstance(self.threads, int) or self.threads < 1):
+            raise ConfigError(f"threads is {self.threads!r}; it must be a positive integer or None")
+        if self.memory is not None:
+            parse_bytes(self.memory)
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedConfig:
+    """Settings with nothing left to choose."""
+
+    dtype: str
+    device: str
+    quantization: str | None
+    executor: str
+    threads: int | None
+    seed: int
+    pool: PoolSpec
+    scheduler: SchedulerConfig
+
+    @property
+    def max_num_tokens(self) -> int:
+        """Most tokens that one step can hold: decodes come on top of the prefill budget."""
+        return self.scheduler.max_num_batched_tokens + self.scheduler.max_num_seqs
+
+
+def resolve(config: EngineConfig, spec: ModelSpec, page_bytes: int, available_bytes: int) -> ResolvedConfig:
+    """Settle everything that was left to the engine.
+
+    page_bytes: of one page in one layer, at the dtype that `resolve_dtype` gives.
+    available_bytes: memory that is free on the machine.
+    Raises ConfigError if the pool cannot hold one sequence, or max_model_len exceeds the model's.
+    """
+    if config.max_model_len is not None and config.max_model_len > spec.max_position:
+        raise ConfigError(
+            f"max_model_len is {config.max_model_len:,}, the model's limit is {spec.max_position:,} "
+            "positions: lower max_model_len"
+        )
+    wanted_len = config.max_model_len or spec.max_position
+    pages_per_seq = -(-wanted_len // PAGE_SIZE)
+    all_layers = page_bytes * spec.num_layers
+    if config.memory is None:
+        num_pages = min(
+            int(MEMORY_SHARE * available_bytes) // all_layers, pages_per_seq * config.max_num_seqs
+        )
+    else:
+        num_pages = parse_bytes(config.memory) // all_layers
+    if num_pages < 2 or (config.max_model_len is not None and num_pages < pages_per_seq):
+        raise ConfigError(
+            f"memory for the page pool is {num_pages * all_layers:,} bytes, which hold "
+            f"{num_pages * PAGE_SIZE:,} tokens; one sequence of max_model_len {wanted_len:,} needs "
+            f"{pages_per_seq * all_layers:,} bytes: raise memory or lower max_model_len"
+        )
+    return ResolvedConfig(
+        dtype=resolve_dtype(config),
+        device="cpu",
+        quantization=config.quantization,
+        executor="cpu" if config.executor == "auto" else config.executor,
+        threads=config.threads,
+        seed=config.seed,
+        pool=PoolSpec(num_pages, PAGE_SIZE, page_bytes, spec.num_layers),
+        scheduler=SchedulerConfig(
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=min(wanted_len, num_pages * PAGE_SIZE),
+            policy=config.policy,
+            enable_prefix_caching=config.enable_prefix_caching,
+        ),
+    )
+
+
+def resolve_dtype(config: EngineConfig) -> str:
+    """bfloat16 unless told: half the bytes, and the CPU multiplies it faster."""
+    return "bfloat16" if config.dtype == "auto" else config.dtype
+
+
+def parse_bytes(value: int | str) -> int:
+    """Bytes of 4096, "4096", "1.5GiB" or "2GB" (1GB = 10**9, 1GiB = 2**30). Raises ConfigError."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)?\s*", value)
+        if match and (match[2] or "B") in _UNITS:
+            return int(float(match[1]) * _UNITS[match[2] or "B"])
+    elif isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    raise ConfigError(
+        f"memory is {value!r}; it must be a positive number of bytes, or text such as '2GiB' or '500MB'"
+    )
+
+
+def available_memory() -> int:
+    """Bytes that this process could still take: the machine's, or its container's if less."""
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        match = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+        free = int(match[1]) * 1024 if match else free
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()).isdigit():
+        free = min(free, max(0, int(text) - int(used.read_text())))
+    return free
+
+
+def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")

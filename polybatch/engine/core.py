@@ -1,0 +1,279 @@
+"""The loop: requests in at the door, one ragged step at a time, outputs out.
+
+    door -> submit -> [ plan -> forward -> sample -> commit -> text and outputs ]* -> RequestOutput
+
+The core decides nothing itself: the scheduler chooses what runs, the executor runs it, the sampler
+picks tokens. It owns the order of these calls, and who hears of an error: a request alone where the
+fault is its own, all requests in flight where a step fails. Not thread-safe.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from polybatch.engine.door import Door
+from polybatch.engine.outputs import Completion, Progress, score_prompt
+from polybatch.engine.ports import AdapterSource, TextTokenizer
+from polybatch.engine.stats import EngineStats, StepTimes
+from polybatch.errors import EngineError, RequestError
+from polybatch.execution.executor import Executor
+from polybatch.request import FinishReason, Request, RequestOutput, SamplingParams, Sequence, SequenceStatus
+from polybatch.sampling.sampler import Sampled, Sampler
+from polybatch.scheduling.plan import LogitRows, StepPlan, StepResult
+from polybatch.scheduling.scheduler import Scheduler
+
+
+class EngineCore:
+    """Runs requests step by step over one executor, scheduler and adapter store.
+
+    tokenizer: None for token ids in and out only. max_model_len: prompt + output in tokens.
+    seed: requests without their own get one from it and from how many came before.
+    clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        scheduler: Scheduler,
+        tokenizer: TextTokenizer | None = None,
+        adapters: AdapterSource | None = None,
+        *,
+        max_model_len: int,
+        seed: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.executor, self.scheduler = executor, scheduler
+        self.tokenizer, self.adapters = tokenizer, adapters
+        self.door = Door(executor.spec, max_model_len, tokenizer, adapters, seed, clock)
+        self.times = StepTimes()
+        self._clock = clock
+        self._sampler = Sampler(executor.spec.vocab_size)
+        self._requests: dict[str, Progress] = {}
+        self._live: dict[Sequence, Completion] = {}
+        self._finished: list[RequestOutput] = []
+        self._num_submitted = self._num_finished = 0
+        self._num_prompt_tokens = self._num_output_tokens = 0
+
+    def encode_chat(self, messages: SequenceOf[Mapping[str, Any]], **template_args: Any) -> list[int]:
+        """Token ids of a conversation up to where the answer begins. Raises RequestError."""
+        return self.door.encode_chat(messages, **template_args)
+
+    def submit(self, request: Request, *, stream: bool = False) -> None:
+        """Queue a prepared request; stream: `step` returns it after every step that adds to it.
+
+        Raises RequestError if its id is in use or it could not run even alone.
+        """
+        if request.request_id in self._requests:
+            raise RequestError(
+                f"request_id {request.request_id!r} is in use: choose another", field="request_id"
+            )
+        seqs = self.scheduler.add(request, self._clock())
+        if request.adapter is not None and self.adapters is not None:
+            self.adapters.hold(request.adapter.digest)
+        progress = Progress(request, stream)
+        progress.completions = [Completion(seq, progress, self.tokenizer) for seq in seqs]
+        progress.num_live = len(seqs)
+        self._live.update(zip(seqs, progress.completions, strict=True))
+        self._requests[request.request_id] = progress
+        self._num_submitted += 1
+        self._num_prompt_tokens += len(request.prompt_token_ids)
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: str | SequenceOf[int],
+        params: SamplingParams | None = None,
+        adapter: str | None = None,
+        *,
+        priority: int = 0,
+        stream: bool = False,
+        cache_salt: str = "",
+    ) -> None:
+        """Check a request (`Door.prepare`) and queue it (`submit`). Raises RequestError."""
+        self.submit(
+            self.door.prepare(request_id, prompt, params, adapter, priority=priority, cache_salt=cache_salt),
+            stream=stream,
+        )
+
+    def has_work(self) -> bool:
+        return bool(self._requests) or bool(self._finished)
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step. Returns finished requests, and those that stream and have new tokens.
+
+        Raises EngineError if the step fails; then every request in flight has ended with that error
+        and `drain` returns them.
+        """
+        if not self._requests:
+            return self.drain()
+        plan: StepPlan | None = None
+        started = time.perf_counter()
+        try:
+            plan = self.scheduler.plan(self._clock())
+            if plan is None:
+                raise EngineError(f"nothing can be scheduled while {len(self._requests)} requests wait")
+            self._run(plan, started)
+        except BaseException as error:
+            message = str(error) if isinstance(error, EngineError) else f"a step failed: {error!r}"
+            self._end(list(self._requests), FinishReason.ERROR, message)
+            if plan is not None:
+                # The scheduler takes the plan's adapter loads for done.
+                self.scheduler.discard(plan)
+            if isinstance(error, EngineError) or not isinstance(error, Exception):
+                raise
+            raise EngineError(message) from error
+        return self.drain()
+
+    def drain(self) -> list[RequestOutput]:
+        """Outputs that no step has returned yet."""
+        outputs, self._finished = self._finished, []
+        return outputs
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request now; returns what it has so far, or None if it is not in the engine."""
+        if request_id not in self._requests:
+            return None
+        self._end([request_id], FinishReason.ABORT, None)
+        return self._finished.pop()
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            times=replace(self.times),
+            scheduler=self.scheduler.stats(),
+            num_requests=self._num_submitted,
+            num_finished_requests=self._num_finished,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_output_tokens=self._num_output_tokens,
+        )
+
+    def _run(self, plan: StepPlan, started: float) -> None:
+        """Carry a plan out and take its tokens in."""
+        times, clock = self.times, time.perf_counter
+        planned = clock()
+        logits = self._forward(plan)
+        forwarded = clock()
+        picked, rows = self._rows_to_sample(plan)
+        chosen = logits if len(rows) == len(logits) else logits[rows]
+        sampled = self._sampler.sample(chosen, [completion.sampling for completion in picked])
+        done = clock()
+        ended = self._fail_rows(picked, sampled)
+        tokens = {c.seq: (token,) for c, token in zip(picked, sampled.tokens, strict=True)}
+        result = StepResult(tuple(tokens.get(c.seq, ()) for c in plan.chunks), forwarded - planned)
+        ended += self.scheduler.commit(plan, result)
+        committed = clock()
+        self._num_output_tokens += len(picked) - len(sampled.errors)
+        for row, entry in sampled.logprobs.items():
+            picked[row].add_logprobs(entry)
+        if len(rows) != len(logits):
+            self._score_prompts(plan, logits)
+        self._emit(picked, ended)
+        times.num_steps += 1
+        times.num_tokens += plan.num_tokens
+        times.plan_s += planned - started
+        times.forward_s += forwarded - planned
+        times.sample_s += done - forwarded
+        times.commit_s += committed - done
+        times.output_s += clock() - committed
+
+    def _fail_rows(self, picked: list[Completion], sampled: Sampled) -> list[Sequence]:
+        """End the sequences that the sampler refuses, before the commit can cache their KV."""
+        for row, message in sampled.errors.items():
+            picked[row].progress.error = message
+            self.scheduler.finish(picked[row].seq, FinishReason.ERROR)
+        return [picked[row].seq for row in sampled.errors]
+
+    def _forward(self, plan: StepPlan) -> torch.Tensor:
+        for seq in plan.preempted:
+            self.executor.release(seq)
+        digests = [load.adapter.digest for load in plan.loads] + list(plan.resident)
+        if not digests:
+            return self.executor.forward(plan, {})
+        if self.adapters is None:
+            raise EngineError("the plan has adapters, but the engine has none")
+        return self.executor.forward(plan, {digest: self.adapters.weights(digest) for digest in digests})
+
+    def _rows_to_sample(self, plan: StepPlan) -> tuple[list[Completion], list[int]]:
+        """Completions that get a token in this step, and their rows of the logits."""
+        now = self._clock()
+        picked: list[Completion] = []
+        rows: list[int] = []
+        num_rows = 0
+        for chunk in plan.chunks:
+            completion = self._live[chunk.seq]
+            progress = completion.progress
+            if progress.first_scheduled_s is None:
+                progress.first_scheduled_s = now
+            if chunk.logits is LogitRows.NONE:
+                continue
+            num_rows += 1 if chunk.logits is LogitRows.LAST else chunk.n_new
+            if chunk.logits is LogitRows.LAST or chunk.start + chunk.n_new == len(chunk.seq.tokens):
+                picked.append(completion)
+                rows.append(num_rows - 1)
+        return picked, rows
+
+    def _score_prompts(self, plan: StepPlan, logits: torch.Tensor) -> None:
+        """Log-probabilities of prompt tokens from chunks that have logits at every position."""
+        row = 0
+        for chunk in plan.chunks:
+            if chunk.logits is LogitRows.LAST:
+                row += 1
+            elif chunk.logits is LogitRows.ALL:
+                score_prompt(self._live[chunk.seq].progress, chunk, logits[row : row + chunk.n_new])
+                row += chunk.n_new
+
+    def _emit(self, picked: list[Completion], ended: list[Sequence]) -> None:
+        """Bring texts up to date where they are watched, end what ended, collect outputs."""
+        now = self._clock()
+        streamed: dict[Progress, None] = {}
+        for completion in picked:
+            progress = completion.progress
+            if progress.first_token_s is None:
+                progress.first_token_s = now
+            if not completion.is_watched:
+                continue
+            hit = completion.push_new_tokens()
+            if hit is not None:
+                completion.stop_at(hit)
+                if completion.seq.status is not SequenceStatus.FINISHED:
+                    self.scheduler.finish(completion.seq, FinishReason.STOP, hit)
+                    ended.append(completion.seq)
+            if progress.is_streamed:
+                streamed[progress] = None
+        for seq in ended:
+            completion = self._live.pop(seq)
+            completion.end(seq.finish_reason, seq.stop_reason)
+            self.executor.release(seq)
+            completion.progress.num_live -= 1
+            if not completion.progress.num_live:
+                streamed.pop(completion.progress, None)
+                self._retire(completion.progress)
+        self._finished += [progress.output(self.tokenizer) for progress in streamed]
+
+    def _end(self, request_ids: list[str], reason: FinishReason, error: str | None) -> None:
+        """End requests wherever they are; their outputs come first, should the scheduler fail as well."""
+        for request_id in request_ids:
+            progress = self._requests[request_id]
+            progress.error = error
+            for completion in progress.completions:
+                if self._live.pop(completion.seq, None) is not None:
+                    completion.end(reason, None)
+                    self.executor.release(completion.seq)
+            progress.num_live = 0
+            self._retire(progress)
+        for request_id in request_ids:
+            self.scheduler.abort(request_id)
+
+    def _retire(self, progress: Progress) -> None:
+        progress.finished_s = self._clock()
+        request = progress.request
+        del self._requests[request.request_id]
+        self._num_finished += 1
+        if request.adapter is not None and self.adapters is not None:
+            self.adapters.release(request.adapter.digest)
+        self._finished.append(progress.output(self.tokenizer))

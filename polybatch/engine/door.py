@@ -1,0 +1,155 @@
+"""The door: what a user asks becomes a `Request`, resolved and checked, or a RequestError.
+
+Nothing here touches the scheduler, so a list of prompts can be checked before any of it runs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from polybatch.config import ModelSpec
+from polybatch.engine.ports import AdapterSource, TextTokenizer
+from polybatch.errors import RequestError
+from polybatch.request import AdapterRef, Request, SamplingParams
+from polybatch.sampling.random import stream
+
+
+class Door:
+    """Makes requests for one model.
+
+    max_model_len: prompt + output in tokens. seed: requests without their own get one made from it and
+    from how many came before, so that equal runs are equal.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        max_model_len: int,
+        tokenizer: TextTokenizer | None = None,
+        adapters: AdapterSource | None = None,
+        seed: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.spec, self.max_model_len = spec, max_model_len
+        self._tokenizer, self._adapters = tokenizer, adapters
+        self._seed, self._clock = seed, clock
+        self._num_requests = 0
+
+    def prepare(
+        self,
+        request_id: str,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        adapter: str | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        add_special_tokens: bool = True,
+    ) -> Request:
+        """Resolve and check a request.
+
+        prompt: text or token ids. add_special_tokens: False for text that holds its own, such as a rendered
+        conversation. Raises RequestError with the field, its value and its limit.
+        """
+        params = params or SamplingParams()
+        text = prompt if isinstance(prompt, str) else None
+        ids = self._text().encode(prompt, add_special_tokens) if isinstance(prompt, str) else prompt
+        check_prompt(ids, self.spec.vocab_size, self.max_model_len)
+        check_vocabulary("logit_bias", params.logit_bias, self.spec.vocab_size)
+        check_vocabulary("stop_token_ids", params.stop_token_ids, self.spec.vocab_size)
+        if params.stop and self._tokenizer is None:
+            raise RequestError(
+                f"stop is {list(params.stop)}, but this model has no tokenizer: use stop_token_ids",
+                field="stop",
+            )
+        max_tokens = resolve_max_tokens(len(ids), params, self.max_model_len)
+        stop_ids = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            stop_ids |= frozenset(self.spec.eos_token_ids)
+        ref = None if adapter is None else self._adapter(adapter)
+        seed = stream(self._seed, self._num_requests) if params.seed is None else params.seed
+        self._num_requests += 1
+        return Request(
+            request_id=request_id,
+            prompt_token_ids=tuple(ids),
+            params=params,
+            max_tokens=max_tokens,
+            seed=seed,
+            stop_token_ids=stop_ids,
+            prompt=text,
+            adapter=ref,
+            priority=priority,
+            arrival_s=self._clock(),
+            cache_salt=cache_salt,
+        )
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **template_args: Any) -> str:
+        """A conversation as prompt text up to where the answer begins, special tokens included."""
+        return self._text().apply_chat_template(messages, **template_args)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **template_args: Any) -> list[int]:
+        """`render_chat`, as token ids. Raises RequestError."""
+        return self._text().encode(self.render_chat(messages, **template_args), False)
+
+    def _adapter(self, name: str) -> AdapterRef:
+        if self._adapters is None:
+            raise RequestError(f"adapter is {name!r}, but this engine has no adapters", field="adapter")
+        return self._adapters.get(name)
+
+    def _text(self) -> TextTokenizer:
+        if self._tokenizer is None:
+            raise RequestError(
+                "prompt is text, but this model has no tokenizer: pass token ids", field="prompt"
+            )
+        return self._tokenizer
+
+
+def check_prompt(token_ids: Sequence[int], vocab_size: int, max_model_len: int) -> None:
+    """Raise RequestError unless the prompt has tokens, all known, and leaves room for one more."""
+    if not isinstance(token_ids, (list, tuple)):
+        kind = type(token_ids).__name__
+        raise RequestError(f"prompt is a {kind}; it must be text or a list of token ids", field="prompt")
+    if not token_ids:
+        raise RequestError("prompt has no tokens; it needs at least one", field="prompt")
+    if len(token_ids) >= max_model_len:
+        raise RequestError(
+            f"prompt has {len(token_ids):,} tokens, max_model_len is {max_model_len:,} and must leave room "
+            "for one more: shorten the prompt or raise max_model_len",
+            field="prompt",
+        )
+    for token in token_ids:
+        if not isinstance(token, int) or isinstance(token, bool):
+            raise RequestError(f"prompt holds {token!r}; token ids are integers", field="prompt")
+    check_vocabulary("prompt", (min(token_ids), max(token_ids)), vocab_size)
+
+
+def check_vocabulary(field: str, ids: Iterable[int], vocab_size: int) -> None:
+    """Raise RequestError for a token id outside the vocabulary."""
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise RequestError(
+                f"{field} has token id {token}; the model's vocabulary is 0 to {vocab_size - 1:,}",
+                field=field,
+            )
+
+
+def resolve_max_tokens(num_prompt: int, params: SamplingParams, max_model_len: int) -> int:
+    """Output tokens that the request may have. Raises RequestError if its limits do not fit the model."""
+    room = max_model_len - num_prompt
+    max_tokens = room if params.max_tokens is None else params.max_tokens
+    if max_tokens > room:
+        raise RequestError(
+            f"prompt has {num_prompt:,} tokens and max_tokens is {max_tokens:,}, together "
+            f"{num_prompt + max_tokens:,}; max_model_len is {max_model_len:,}: lower max_tokens, shorten the "
+            "prompt or raise max_model_len",
+            field="max_tokens",
+        )
+    if params.min_tokens > max_tokens:
+        raise RequestError(
+            f"min_tokens is {params.min_tokens:,}, but only {max_tokens:,} tokens fit after the prompt: "
+            "lower min_tokens, shorten the prompt or raise max_model_len",
+            field="min_tokens",
+        )
+    return max_tokens

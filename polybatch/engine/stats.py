@@ -1,0 +1,46 @@
+"""What the engine counts: where its time goes, and what it has done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from polybatch.scheduling.track import SchedulerStats
+
+
+@dataclass(slots=True)
+class StepTimes:
+    """Seconds spent since the start, by phase, and what they were spent on.
+
+    plan_s: scheduling. forward_s: building the batch and the forward pass. sample_s: logits to tokens.
+    commit_s: bookkeeping of new tokens and pages. output_s: log-probabilities, text, stop strings and
+    outputs. Their sum is the time inside `EngineCore.step`, but for the glue between.
+    """
+
+    num_steps: int = 0
+    num_tokens: int = 0
+    plan_s: float = 0.0
+    forward_s: float = 0.0
+    sample_s: float = 0.0
+    commit_s: float = 0.0
+    output_s: float = 0.0
+
+    @property
+    def total_s(self) -> float:
+        return self.plan_s + self.forward_s + self.sample_s + self.commit_s + self.output_s
+
+    @property
+    def overhead(self) -> float:
+        """Share of the time that is not the forward pass; 0 before the first step."""
+        return 1.0 - self.forward_s / self.total_s if self.num_steps else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot. Totals count since the start; aborted and failed requests count as finished."""
+
+    times: StepTimes
+    scheduler: SchedulerStats
+    num_requests: int
+    num_finished_requests: int
+    num_prompt_tokens: int
+    num_output_tokens: int
