@@ -15,8 +15,8 @@ from pathlib import Path
 from polybatch.errors import ConfigError
 
 SCHEMA_VERSION = "1"
-CACHE_KIB = 16 << 10
-INDEX_BATCH = 10_000
+CACHE_KIB = 4 << 10
+INDEX_BATCH = 2_000
 PENDING_BATCH = 1_000
 MAX_DUPLICATES_SHOWN = 5
 

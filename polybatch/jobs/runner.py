@@ -9,10 +9,11 @@ Every line ends as a result or as an error line; a line that fails takes no othe
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from polybatch.errors import EngineError, RequestError
@@ -199,7 +200,8 @@ class Runner:
             prompts = call.prompts or (self._engine.encode_chat(call.messages),)
             for k, prompt in enumerate(prompts):
                 request_id = f"{line.number}.{k}"
-                self._engine.add_request(request_id, prompt, call.params, adapter)
+                params = self._seeded(call.params, request_id)
+                self._engine.add_request(request_id, prompt, params, adapter)
                 row.request_ids.append(request_id)
         except RequestError as error:
             for request_id in row.request_ids:
@@ -208,6 +210,13 @@ class Runner:
             return
         self._rows.update(dict.fromkeys(row.request_ids, row))
         self._in_flight += call.num_sequences
+
+    def _seeded(self, params: SamplingParams, request_id: str) -> SamplingParams:
+        """A row without a seed gets one from the job and its line, so that resuming changes no answer."""
+        if params.seed is not None or params.temperature == 0:
+            return params
+        key = f"{self._job.fingerprint}:{request_id}".encode()
+        return replace(params, seed=int.from_bytes(hashlib.blake2b(key, digest_size=7).digest()))
 
     def _collect(self, output: RequestOutput) -> None:
         row = self._rows.get(output.request_id)

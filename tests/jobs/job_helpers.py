@@ -28,6 +28,8 @@ class EchoEngine:
         self.running: dict[str, int] = {}
         self.max_num_seqs, self.step_s = max_num_seqs, step_s
         self.peak_requests = 0
+        self.remembers = True
+        self.seeds: dict[str, int | None] = {}
         self.submitted: list[str] = []
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -40,7 +42,9 @@ class EchoEngine:
         if len(ids) > MAX_PROMPT:
             raise RequestError(f"prompt has {len(ids)} tokens, max_model_len is {MAX_PROMPT}: shorten it")
         self.waiting[request_id] = (ids, params, adapter)
-        self.submitted.append(request_id)
+        if self.remembers:
+            self.submitted.append(request_id)
+            self.seeds[request_id] = params.seed
         self.peak_requests = max(self.peak_requests, len(self.waiting))
 
     def has_work(self) -> bool:
@@ -114,7 +118,9 @@ def read_output(path: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    run_job(Path(sys.argv[1]), Path(sys.argv[2]), EchoEngine(step_s=float(sys.argv[3])))
+    echo = EchoEngine(step_s=float(sys.argv[3]))
+    echo.remembers = False
+    run_job(Path(sys.argv[1]), Path(sys.argv[2]), echo)
     if len(sys.argv) > 4:
         status = Path("/proc/self/status").read_text()
         peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))

@@ -145,6 +145,18 @@ def test_a_stopped_job_keeps_what_finished_and_continues(tmp_path: Path) -> None
     assert sorted(r["custom_id"] for r in read_output(out)) == sorted(f"row-{i}" for i in range(100))
 
 
+def test_rows_without_a_seed_get_the_same_one_in_every_run(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    lines = [completion_line(str(i), "x", **({"seed": 5} if i == 3 else {})) for i in range(4)]
+    source.write_text("".join(lines))
+    engines = [EchoEngine(), EchoEngine()]
+    for engine in engines:
+        run_job(source, tmp_path / "out.jsonl", engine, overwrite=True)
+    assert engines[0].seeds == engines[1].seeds
+    assert len(set(engines[0].seeds.values())) == 4
+    assert engines[0].seeds["4.0"] == 5
+
+
 def test_a_finished_job_has_nothing_left_to_do(tmp_path: Path) -> None:
     write_input(tmp_path / "in.jsonl", 10)
     run_job(tmp_path / "in.jsonl", tmp_path / "out.jsonl")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -175,9 +176,6 @@ def test_any_json_is_accepted_or_refused_but_never_breaks_the_parser(
 ) -> None:
     if isinstance(body, dict):
         body = {"model": "m", "messages" if endpoint is CHAT else "prompt": HELLO, **body}
-    try:
+    with contextlib.suppress(RequestError):
         call = parse_call(endpoint, json.loads(json.dumps(body)))
-    except RequestError as error:
-        assert str(error)
-    else:
         assert call.messages or call.prompts

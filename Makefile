@@ -1,0 +1,43 @@
+# Everything happens in .venv, made with the interpreter that PYTHON names.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_ADAPTERS := json sentiment sql pirate
+
+.DELETE_ON_ERROR:
+.PHONY: demo test test-slow check bench clean
+
+demo: $(VENV)/.runtime
+	$(BIN)/polybatch batch -i examples/mixed.jsonl -o demo-output.jsonl --overwrite \
+		--model smollm2-135m-instruct $(foreach name,$(DEMO_ADAPTERS),--adapter $(name)=examples/adapters/$(name))
+	$(BIN)/python examples/show_demo.py examples/mixed.jsonl demo-output.jsonl
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.runtime
+	$(BIN)/polybatch bench
+
+clean:
+	rm -rf $(VENV) demo-output.jsonl demo-output.jsonl.journal.sqlite*
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Polybatch needs Python 3.11 or newer: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp per set of packages, so that the second run installs nothing.
+$(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(VENV)/.runtime $@

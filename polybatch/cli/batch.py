@@ -1,0 +1,135 @@
+"""`polybatch batch`: a file of OpenAI batch lines in, a file of answers out, resumable at any moment."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from polybatch.cli.options import EngineOptions, with_engine
+from polybatch.cli.progress import ProgressDisplay, summary_table
+from polybatch.errors import ConfigError
+from polybatch.jobs.job import Job, open_job, weights_fingerprint
+from polybatch.jobs.runner import ModelNames, Progress, Runner
+
+LOOK_AHEAD = 2
+"""Completions kept in the engine per one that can run, so that a batch never runs dry."""
+
+
+@with_engine
+def batch(
+    engine: EngineOptions,
+    input_path: Annotated[
+        Path, typer.Option("--input", "-i", metavar="IN.jsonl", help="Requests, one JSON object per line.")
+    ],
+    output_path: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="OUT.jsonl", help="Answers; OUT.jsonl.journal.sqlite beside."),
+    ],
+    resume: Annotated[
+        bool, typer.Option(help="Continue an output that exists; --no-resume refuses it.")
+    ] = True,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Drop an earlier output and start over.")
+    ] = False,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Another name for the base model in the input; repeat for more."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")] = False,
+) -> None:
+    """Run every request of a file and write every answer.
+
+    IN.jsonl holds OpenAI batch lines: {"custom_id": "1", "method": "POST", "url":
+    "/v1/chat/completions", "body": {"model": ..., "messages": [...]}}; url may also be
+    /v1/completions, and model names the base model or an adapter.
+
+    Stop it with Ctrl-C, kill it, pull the plug: the same command goes on where it stopped, with no
+    row lost or repeated. Lines that are wrong become error lines of the output.
+
+    Exit status 0 once every line has an answer or an error line.
+    """
+    console = Console(stderr=True)
+    model, adapters = engine.chosen_model(), engine.adapters()
+    names = ModelNames((model, *(served_model_name or ())), tuple(adapters))
+    if clash := set(names.base) & set(adapters):
+        raise ConfigError(f"--served-model-name {clash.pop()} is also an adapter's name: choose another")
+    with closing(
+        open_job(input_path, output_path, _facts(engine), resume=resume, overwrite=overwrite)
+    ) as job:
+        total, ok, errors = job.journal.counts()
+        if ok + errors == total:
+            progress = Progress(total, ok, errors, done_before=ok + errors)
+        else:
+            if job.was_resumed and not quiet:
+                console.print(f"continuing {output_path}: {ok + errors:,} of {total:,} rows are done")
+            progress, stopped_by = _run(job, engine, names, console, quiet)
+            if stopped_by:
+                raise typer.Exit(_explain_stop(console, progress, output_path, stopped_by))
+        if not quiet:
+            console.print(summary_table(progress, str(output_path)))
+
+
+def _facts(engine: EngineOptions) -> dict[str, str]:
+    """What besides the input changes answers; a job is continued only with the same."""
+    adapters = (f"{name}={weights_fingerprint(path)}" for name, path in sorted(engine.adapters().items()))
+    return {
+        "model": weights_fingerprint(engine.chosen_model()),
+        "adapters": " ".join(adapters) or "none",
+        "dtype": engine.dtype,
+        "quantization": engine.quantization or "none",
+        "max_model_len": str(engine.max_model_len or "auto"),
+        "seed": str(engine.seed),
+    }
+
+
+def _run(
+    job: Job, engine: EngineOptions, names: ModelNames, console: Console, quiet: bool
+) -> tuple[Progress, int | None]:
+    """Load the model and run; returns the progress and the signal that stopped it, if one did."""
+    from polybatch.cli.engines import open_llm
+
+    with open_llm(engine, console, quiet) as llm:
+        runner = Runner(job, llm.core, names, window=LOOK_AHEAD * engine.max_num_seqs)
+        with ProgressDisplay(console, quiet) as display, _stop_signals() as received:
+            runner.run(should_stop=lambda: bool(received), report=display)
+    unfinished = runner.progress.done < runner.progress.total
+    return runner.progress, received[0] if received and unfinished else None
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM, so that the step in progress ends and its results are kept.
+
+    A second one acts at once; nothing is lost by that either.
+    """
+    received: list[int] = []
+
+    def note(number: int, frame: types.FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in previous:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _explain_stop(console: Console, progress: Progress, output: Path, stopped_by: int) -> int:
+    console.print(
+        f"stopped: {progress.done:,} of {progress.total:,} rows are in {output}. "
+        "Run the same command again to go on."
+    )
+    sys.stderr.flush()
+    return 128 + stopped_by

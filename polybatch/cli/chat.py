@@ -1,0 +1,152 @@
+"""`polybatch chat`: talk to the model in the terminal, changing adapters as you go.
+
+Reads a line per message; from a pipe as well, where it prints nothing but answers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from polybatch.cli.options import EngineOptions, with_engine
+from polybatch.errors import RequestError
+from polybatch.request import SamplingParams
+
+if TYPE_CHECKING:
+    from polybatch.engine.core import EngineCore
+
+HELP = """/adapter NAME  answer with this adapter (/adapter alone: with none)
+/reset         forget the conversation
+/quit          leave, as does Ctrl-D; Ctrl-C stops an answer"""
+
+
+@with_engine
+def chat(
+    engine: EngineOptions,
+    system: Annotated[str | None, typer.Option(help="System message of every conversation.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 0.95,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest answer; default what the model allows.")] = None,
+) -> None:
+    """Chat with the model. Type /help for what else there is."""
+    from polybatch.cli.engines import open_llm
+
+    is_terminal = sys.stdin.isatty()
+    console = Console(stderr=True, highlight=False)
+    params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
+    with open_llm(engine, console, quiet=not is_terminal) as llm:
+        talk = Conversation(llm.core, params, tuple(engine.adapters()), system)
+        if is_terminal:
+            names = ", ".join(talk.adapters) or "none"
+            console.print(f"{engine.chosen_model()}, adapters: {names}. /help lists commands.", markup=False)
+        _converse(talk, is_terminal)
+
+
+@dataclass
+class Conversation:
+    """Messages so far and the adapter in use."""
+
+    core: EngineCore
+    params: SamplingParams
+    adapters: tuple[str, ...]
+    system: str | None = None
+    adapter: str | None = None
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._ids = itertools.count()
+        self.reset()
+
+    def reset(self) -> None:
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+
+    def ask(self, text: str, show: Callable[[str], None]) -> None:
+        """Answer a message, showing pieces of text as they come. Ctrl-C keeps what came.
+
+        Raises RequestError, and forgets the message, if the conversation no longer fits.
+        """
+        self.messages.append({"role": "user", "content": text})
+        request_id, shown = f"chat-{next(self._ids)}", ""
+        try:
+            prompt = self.core.encode_chat(self.messages)
+            self.core.add_request(request_id, prompt, self.params, self.adapter, stream=True)
+        except RequestError:
+            self.messages.pop()
+            raise
+        try:
+            while self.core.has_work():
+                for output in self.core.step():
+                    answer = output.outputs[0].text
+                    show(answer[len(shown) :])
+                    shown = answer
+                    if output.error is not None:
+                        raise RequestError(output.error)
+        except KeyboardInterrupt:
+            self.core.abort(request_id)
+        self.messages.append({"role": "assistant", "content": shown})
+
+    def command(self, line: str) -> str | None:
+        """Carry out a line that begins with a slash; returns what to say, or None to leave."""
+        name, _, argument = line[1:].partition(" ")
+        argument = argument.strip()
+        if name in ("quit", "exit", "q"):
+            return None
+        if name == "reset":
+            self.reset()
+            return "forgotten"
+        if name == "help":
+            return HELP
+        if name == "adapter":
+            if argument and argument not in self.adapters:
+                known = ", ".join(self.adapters) or "none; give some with --adapter NAME=DIR"
+                return f"no adapter is called {argument!r}; known: {known}"
+            self.adapter = argument or None
+            return f"answering with {argument}" if argument else "answering without an adapter"
+        return f"no command is called /{name}\n{HELP}"
+
+
+def _converse(talk: Conversation, is_terminal: bool) -> None:
+    def show(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    while True:
+        try:
+            line = _read(talk, is_terminal)
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            continue
+        if line is None:
+            return
+        if line.startswith("/"):
+            reply = talk.command(line)
+            if reply is None:
+                return
+            print(reply, file=sys.stderr)
+        elif line:
+            try:
+                talk.ask(line, show)
+            except RequestError as error:
+                print(f"error: {error} (/reset starts afresh)", file=sys.stderr)
+            print(flush=True)
+
+
+def _read(talk: Conversation, is_terminal: bool) -> str | None:
+    """The next line, or None at the end of input."""
+    if not is_terminal:
+        line = sys.stdin.readline()
+        return line.strip() if line else None
+    # Line editing and history; importing it is enough.
+    import readline  # noqa: F401
+
+    try:
+        return input(f"{talk.adapter or ''}> ").strip()
+    except EOFError:
+        print()
+        return None

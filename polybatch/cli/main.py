@@ -1,0 +1,59 @@
+"""The `polybatch` command: one file per subcommand, errors as one line.
+
+Subcommands import the engine inside their functions, so that --help answers at once.
+Exit status: 0 done, 1 a check failed, 2 a wrong flag, file or checkpoint, 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from polybatch import __version__
+from polybatch.cli import batch, chat, info, selfcheck
+from polybatch.errors import PolybatchError
+
+app = typer.Typer(
+    name="polybatch",
+    help="Run a language model over many requests and many adapters in the same batch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("batch")(batch.batch)
+app.command("chat")(chat.chat)
+app.command("info")(info.info)
+app.command("selfcheck")(selfcheck.selfcheck)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"polybatch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Show the version."
+    ),
+) -> None:
+    """Run a language model over many requests and many adapters in the same batch."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point. Ends the process: errors that name a way out are printed without a traceback."""
+    try:
+        app(args=None if args is None else list(args))
+    except PolybatchError as error:
+        print(f"polybatch: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
