@@ -121,7 +121,7 @@ def resolve(config: EngineConfig, spec: ModelSpec, page_bytes: int, available_by
         dtype=resolve_dtype(config),
         device="cpu",
         quantization=config.quantization,
-        executor="cpu" if config.executor == "auto" else config.executor,
+        executor=executor_name(config),
         threads=config.threads,
         seed=config.seed,
         pool=PoolSpec(num_pages, PAGE_SIZE, page_bytes, spec.num_layers),
@@ -138,6 +138,11 @@ def resolve(config: EngineConfig, spec: ModelSpec, page_bytes: int, available_by
 def resolve_dtype(config: EngineConfig) -> str:
     """bfloat16 unless told: half the bytes, and the CPU multiplies it faster."""
     return "bfloat16" if config.dtype == "auto" else config.dtype
+
+
+def executor_name(config: EngineConfig) -> str:
+    """The compiled executor unless told."""
+    return "cpu" if config.executor == "auto" else config.executor
 
 
 def parse_bytes(value: int | str) -> int:

@@ -32,7 +32,8 @@ from polybatch.scheduling.scheduler import Scheduler
 class EngineCore:
     """Runs requests step by step over one executor, scheduler and adapter store.
 
-    tokenizer: None for token ids in and out only. max_model_len: prompt + output in tokens.
+    tokenizer: None for token ids in and out only. store: None for no adapters.
+    max_model_len: prompt + output in tokens.
     seed: requests without their own get one from it and from how many came before.
     clock: seconds, monotonic.
     """
@@ -42,15 +43,15 @@ class EngineCore:
         executor: Executor,
         scheduler: Scheduler,
         tokenizer: TextTokenizer | None = None,
-        adapters: AdapterSource | None = None,
+        store: AdapterSource | None = None,
         *,
         max_model_len: int,
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.executor, self.scheduler = executor, scheduler
-        self.tokenizer, self.adapters = tokenizer, adapters
-        self.door = Door(executor.spec, max_model_len, tokenizer, adapters, seed, clock)
+        self.tokenizer, self.store = tokenizer, store
+        self.door = Door(executor.spec, max_model_len, tokenizer, store, seed, clock)
         self.times = StepTimes()
         self._clock = clock
         self._sampler = Sampler(executor.spec.vocab_size)
@@ -59,6 +60,10 @@ class EngineCore:
         self._finished: list[RequestOutput] = []
         self._num_submitted = self._num_finished = 0
         self._num_prompt_tokens = self._num_output_tokens = 0
+
+    @property
+    def max_model_len(self) -> int:
+        return self.door.max_model_len
 
     def encode_chat(self, messages: SequenceOf[Mapping[str, Any]], **template_args: Any) -> list[int]:
         """Token ids of a conversation up to where the answer begins. Raises RequestError."""
@@ -74,8 +79,8 @@ class EngineCore:
                 f"request_id {request.request_id!r} is in use: choose another", field="request_id"
             )
         seqs = self.scheduler.add(request, self._clock())
-        if request.adapter is not None and self.adapters is not None:
-            self.adapters.hold(request.adapter.digest)
+        if request.adapter is not None and self.store is not None:
+            self.store.hold(request.adapter.digest)
         progress = Progress(request, stream)
         progress.completions = [Completion(seq, progress, self.tokenizer) for seq in seqs]
         progress.num_live = len(seqs)
@@ -194,9 +199,9 @@ class EngineCore:
         digests = [load.adapter.digest for load in plan.loads] + list(plan.resident)
         if not digests:
             return self.executor.forward(plan, {})
-        if self.adapters is None:
+        if self.store is None:
             raise EngineError("the plan has adapters, but the engine has none")
-        return self.executor.forward(plan, {digest: self.adapters.weights(digest) for digest in digests})
+        return self.executor.forward(plan, {digest: self.store.weights(digest) for digest in digests})
 
     def _rows_to_sample(self, plan: StepPlan) -> tuple[list[Completion], list[int]]:
         """Completions that get a token in this step, and their rows of the logits."""
@@ -274,6 +279,6 @@ class EngineCore:
         request = progress.request
         del self._requests[request.request_id]
         self._num_finished += 1
-        if request.adapter is not None and self.adapters is not None:
-            self.adapters.release(request.adapter.digest)
+        if request.adapter is not None and self.store is not None:
+            self.store.release(request.adapter.digest)
         self._finished.append(progress.output(self.tokenizer))

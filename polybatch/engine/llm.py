@@ -1,0 +1,341 @@
+"""`LLM`: the engine in this process, called synchronously.
+
+    llm = LLM("smollm2-135m-instruct", adapters={"sql": "adapters/sql"})
+    outputs = llm.generate(["Hello", "How many users?"], SamplingParams(max_tokens=32), adapter=[None, "sql"])
+
+All prompts of a call share batches, whatever adapter and parameters each has. Not thread-safe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from polybatch.adapters.store import AdapterStore
+from polybatch.config import ModelSpec
+from polybatch.engine.config import EngineConfig, ResolvedConfig, available_memory, resolve
+from polybatch.engine.core import EngineCore
+from polybatch.engine.executors import build_executor, page_bytes
+from polybatch.engine.ports import TextTokenizer
+from polybatch.engine.stats import EngineStats
+from polybatch.errors import ConfigError, EngineError, RequestError
+from polybatch.models.loader import load_model
+from polybatch.request import AdapterRef, Request, RequestOutput, SamplingParams
+from polybatch.scheduling.scheduler import Scheduler
+
+logger = logging.getLogger("polybatch.engine")
+
+Prompt = str | Sequence[int]
+Messages = Sequence[Mapping[str, Any]]
+
+
+class LLM:
+    """A base model with its adapters, ready to answer.
+
+    model: built-in name, Hugging Face directory or hub name, GGUF file, or "random:<config>".
+    adapters: name -> PEFT directory. tokenizer: instead of the checkpoint's.
+    The other settings are those of `EngineConfig`.
+
+    Raises ConfigError, ModelError or AdapterError before anything runs.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        adapters: Mapping[str, str | Path] | None = None,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        quantization: str | None = None,
+        max_model_len: int | None = None,
+        memory: int | str | None = None,
+        max_num_batched_tokens: int = 2048,
+        max_num_seqs: int = 256,
+        enable_prefix_caching: bool = True,
+        seed: int = 0,
+        policy: str = "fcfs",
+        executor: str = "auto",
+        threads: int | None = None,
+        tokenizer: TextTokenizer | None = None,
+    ) -> None:
+        config = EngineConfig(
+            dtype=dtype, device=device, quantization=quantization, max_model_len=max_model_len,
+            memory=memory, max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs,
+            enable_prefix_caching=enable_prefix_caching, seed=seed, policy=policy, executor=executor,
+            threads=threads,
+        )  # fmt: skip
+        loaded = load_model(str(model))
+        self.config = resolve(config, loaded.spec, page_bytes(config, loaded.spec), available_memory())
+        runner = build_executor(loaded.weights, self.config)
+        store = AdapterStore(loaded.weights, runner.adapter_pages)
+        scheduler = Scheduler(self.config.scheduler, runner.pool, loaded.fingerprint)
+        self._attach(
+            EngineCore(
+                runner,
+                scheduler,
+                tokenizer or loaded.tokenizer,
+                store,
+                max_model_len=self.config.scheduler.max_model_len,
+                seed=seed,
+            ),
+            str(model),
+        )
+        try:
+            for name, path in (adapters or {}).items():
+                self.add_adapter(name, path)
+        except BaseException:
+            self.close()
+            raise
+        _log_summary(self.model, self.config, runner.describe(), len(store.list()))
+
+    @classmethod
+    def from_core(cls, core: EngineCore, model: str = "stub") -> LLM:
+        """An LLM around an engine that was put together by hand, for stubs and tests."""
+        llm = cls.__new__(cls)
+        llm._attach(core, model)
+        return llm
+
+    def _attach(self, core: EngineCore, model: str) -> None:
+        self.core = core
+        self.model = model
+        self._boxes: dict[str, list[RequestOutput]] = {}
+        self._num_requests = 0
+        self._is_closed = False
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.core.executor.spec
+
+    @property
+    def tokenizer(self) -> TextTokenizer | None:
+        return self.core.tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
+        *,
+        priority: int | Sequence[int] = 0,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Complete prompts; one output per prompt, in their order.
+
+        prompts: a text, a list of token ids, or a list of either.
+        sampling_params, adapter, priority: one for all prompts or one for each. progress: show a bar.
+        Raises RequestError, before anything runs, that says which of several prompts is at fault.
+        EngineError if a step fails. Nothing stays in the engine then, nor after an interrupt.
+        """
+        listed = _as_prompts(prompts)
+        return self._run(self._prepare(listed, sampling_params, adapter, priority), progress)
+
+    def chat(
+        self,
+        conversations: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
+        *,
+        priority: int | Sequence[int] = 0,
+        progress: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer conversations, each a list of {"role", "content"} messages; see `generate`.
+
+        chat_template_kwargs: further variables of the model's chat template.
+        """
+        is_one = bool(conversations) and isinstance(conversations[0], Mapping)
+        listed: Sequence[Any] = [conversations] if is_one else conversations
+        texts = []
+        for index, messages in enumerate(listed):
+            with _naming(index, len(listed)):
+                texts.append(self.core.door.render_chat(messages, **(chat_template_kwargs or {})))
+        requests = self._prepare(texts, sampling_params, adapter, priority, add_special_tokens=False)
+        return self._run(requests, progress)
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, adapter: str | None = None
+    ) -> Iterator[RequestOutput]:
+        """Complete one prompt, yielding all that there is after every step that adds to it.
+
+        Raises RequestError at once. Leaving the loop aborts the request.
+        """
+        return self._stream(self._prepare([prompt], sampling_params, adapter, 0)[0])
+
+    def add_adapter(self, name: str, path: str | Path) -> AdapterRef:
+        """Register a PEFT directory under a name; a name in use gets the new weights.
+
+        Raises AdapterError, changing nothing, if it cannot be served.
+        """
+        return self._store.register(name, path)
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter; requests that use it end undisturbed. Raises RequestError if unknown."""
+        self._store.remove(name)
+
+    def list_adapters(self) -> list[str]:
+        return [ref.name for ref in self._store.list()]
+
+    def stats(self) -> EngineStats:
+        return self.core.stats()
+
+    def close(self) -> None:
+        """Stop threads and give memory back. Idempotent; nothing can be generated afterwards."""
+        self._is_closed = True
+        self.core.executor.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def _store(self) -> AdapterStore:
+        store = self.core.store
+        if not isinstance(store, AdapterStore):
+            raise ConfigError("this engine was put together without an adapter store")
+        return store
+
+    def _prepare(
+        self,
+        prompts: Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        adapter: str | Sequence[str | None] | None,
+        priority: int | Sequence[int],
+        add_special_tokens: bool = True,
+    ) -> list[Request]:
+        if self._is_closed:
+            raise ConfigError("this LLM is closed: create another")
+        params = _spread("sampling_params", sampling_params, len(prompts), (SamplingParams, type(None)))
+        adapters = _spread("adapter", adapter, len(prompts), (str, type(None)))
+        priorities = _spread("priority", priority, len(prompts), (int,))
+        requests = []
+        for index, prompt in enumerate(prompts):
+            with _naming(index, len(prompts)):
+                request = self.core.door.prepare(
+                    f"llm-{self._num_requests}", prompt, params[index], adapters[index],
+                    priority=priorities[index], add_special_tokens=add_special_tokens,
+                )  # fmt: skip
+            self._num_requests += 1
+            requests.append(request)
+        return requests
+
+    def _run(self, requests: Sequence[Request], progress: bool) -> list[RequestOutput]:
+        done: list[RequestOutput] = []
+        with self._open(requests, done, is_streamed=False), _bar(len(requests), progress) as show:
+            while len(done) < len(requests):
+                self._step()
+                show(len(done))
+        order = {request.request_id: index for index, request in enumerate(requests)}
+        return sorted(done, key=lambda output: order[output.request_id])
+
+    def _stream(self, request: Request) -> Iterator[RequestOutput]:
+        box: list[RequestOutput] = []
+        with self._open([request], box, is_streamed=True):
+            is_finished = False
+            while not is_finished:
+                if not box:
+                    self._step()
+                while box:
+                    output = box.pop(0)
+                    is_finished = output.finished
+                    yield output
+
+    @contextlib.contextmanager
+    def _open(
+        self, requests: Sequence[Request], box: list[RequestOutput], is_streamed: bool
+    ) -> Iterator[None]:
+        """Have the outputs of requests put in a box; on the way out none of them stays in the engine."""
+        ids = [request.request_id for request in requests]
+        try:
+            for index, request in enumerate(requests):
+                with _naming(index, len(requests)):
+                    self.core.submit(request, stream=is_streamed)
+                self._boxes[request.request_id] = box
+            yield
+        finally:
+            for request_id in ids:
+                self.core.abort(request_id)
+                self._boxes.pop(request_id, None)
+
+    def _step(self) -> None:
+        """One step for all open calls; a stream may be read while `generate` is called in its loop."""
+        if not self.core.has_work():
+            raise EngineError("the engine has no work left, yet requests have no output")
+        outputs: list[RequestOutput] = []
+        try:
+            outputs = self.core.step()
+        except BaseException:
+            outputs = self.core.drain()
+            raise
+        finally:
+            for output in outputs:
+                box = self._boxes.get(output.request_id)
+                if box is not None:
+                    box.append(output)
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return prompts  # type: ignore[return-value]
+
+
+def _spread(name: str, value: Any, count: int, kinds: tuple[type, ...]) -> Sequence[Any]:
+    """One value per prompt: the only one repeated, or those of a list as long as the prompts."""
+    if isinstance(value, kinds):
+        return [value] * count
+    if not isinstance(value, Sequence) or not all(isinstance(entry, kinds) for entry in value):
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise RequestError(f"{name} is {value!r}; it must be {names}, or a list, one per prompt", field=name)
+    if len(value) != count:
+        raise RequestError(
+            f"{name} has {len(value)} entries for {count} prompts: give one, or one for each", field=name
+        )
+    return value
+
+
+@contextlib.contextmanager
+def _naming(index: int, count: int) -> Iterator[None]:
+    """Say in a RequestError which of several prompts it is about."""
+    try:
+        yield
+    except RequestError as error:
+        if count == 1:
+            raise
+        raise RequestError(f"prompt {index} of {count}: {error}", field=error.field) from error
+
+
+@contextlib.contextmanager
+def _bar(total: int, is_shown: bool) -> Iterator[Callable[[int], None]]:
+    if not is_shown:
+        yield lambda done: None
+        return
+    from rich.progress import Progress
+
+    with Progress() as bar:
+        task = bar.add_task("requests", total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def _log_summary(model: str, config: ResolvedConfig, kernels: Mapping[str, str], num_adapters: int) -> None:
+    pool = config.pool
+    logger.info(
+        "%s on %s: %s, %s; %d pages of %d tokens (%.2f GiB), max_model_len %d, %d adapters; %s",
+        model,
+        config.executor,
+        config.dtype,
+        config.quantization or "not quantised",
+        pool.num_pages,
+        pool.page_size,
+        pool.total_bytes / 2**30,
+        config.scheduler.max_model_len,
+        num_adapters,
+        ", ".join(f"{name}: {kernel}" for name, kernel in kernels.items()),
+    )
