@@ -6,6 +6,7 @@ runs code from the file.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ PREFIX = "base_model.model."
 EMBEDDING, LM_HEAD = "model.embed_tokens", "lm_head"
 VOCABULARY = (EMBEDDING, LM_HEAD)
 DTYPES = ("F32", "F16", "BF16")
+MIN_LIMIT_BYTES = 1 << 30
 
 _LAYER = re.compile(r"model\.layers\.(\d{1,6})\.(self_attn|mlp)\.(\w+)")
 # Suffix of a tensor's name -> part of its module. Weights and biases of a module that peft wrapped
@@ -73,15 +75,18 @@ class TensorFile:
             self.shapes[name] = tuple(part.get_shape())
 
     def stored(self, name: str) -> torch.Tensor:
-        """The tensor in its own dtype; raises AdapterError if it is not finite."""
+        """The tensor in its own dtype, which may be a view of the mapped file: never keep it.
+
+        Raises AdapterError if it is not finite.
+        """
         tensor: torch.Tensor = self._handle.get_tensor(name)
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"{self.path}: {name} holds NaN or infinite values; the training diverged")
         return tensor
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor in float32."""
-        return self.stored(name).float()
+        """The tensor in float32 and in memory of its own."""
+        return self.stored(name).to(torch.float32, copy=True)
 
 
 @contextmanager
@@ -122,8 +127,21 @@ def sort_tensors(file: TensorFile, config: LoraConfig, spec: ModelSpec) -> dict[
         parts[key].tensors[part] = name
     for item in parts.values():
         _check_parts(item, config, spec, file)
+    _check_size(file, spec)
     _check_complete(parts, config, spec, file.path)
     return parts
+
+
+def _check_size(file: TensorFile, spec: ModelSpec) -> None:
+    """Refuse an adapter that would take more memory than the model it adapts."""
+    linears = sum(out * in_ for out, in_ in spec.linear_shapes.values())
+    model = spec.num_layers * linears + 2 * spec.vocab_size * spec.hidden_size
+    size, limit = 4 * sum(map(math.prod, file.shapes.values())), max(MIN_LIMIT_BYTES, 4 * model)
+    if size > limit:
+        raise AdapterError(
+            f"{file.path} takes {size:,} bytes in float32, the limit for this base model is {limit:,}: merge "
+            "the adapter into the base model instead"
+        )
 
 
 def _split(name: str, path: Path) -> tuple[str, str]:
@@ -218,7 +236,10 @@ def _check_complete(parts: dict[str, Parts], config: LoraConfig, spec: ModelSpec
     ]
     for key in (*keys, *VOCABULARY):
         part = parts.get(key)
-        if config.targets(key) and not (part and part.has_pair):
+        # With ensure_weight_tying, peft stores for lm_head what it stores for the embedding.
+        source = EMBEDDING if key == LM_HEAD and config.ensure_weight_tying and spec.tie_embeddings else key
+        targeted, saved = (test(key) or test(source) for test in (config.targets, config.saves))
+        if targeted and not (part and part.has_pair):
             raise AdapterError(f"{path} lacks the low-rank pair of {key}, which the configuration targets")
-        if key in VOCABULARY and config.saves(key) and not (part and "table" in part.tensors):
+        if key in VOCABULARY and saved and not (part and "table" in part.tensors):
             raise AdapterError(f"{path} lacks the table of {key}, which modules_to_save names")

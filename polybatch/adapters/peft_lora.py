@@ -93,7 +93,7 @@ def _module_delta(
     a, b = torch.zeros(0, in_), torch.zeros(0, out)
     gain = bias = None
     if part.has_pair:
-        a = file.read(part.tensors["a"]).contiguous()
+        a = file.read(part.tensors["a"])
         b = _scaled(file, part.tensors["b"], config.scaling(part.key)).T.contiguous()
     if "magnitude" in part.tensors:
         adapted = base.linear(index, part.module).float().addmm(b.T, a)
@@ -135,29 +135,19 @@ class _Vocabulary:
         self.config = config
         self.file = file
         self.base = base
-        self.is_tied = base.spec.tie_embeddings
 
     def deltas(self) -> tuple[VocabularyDelta | None, VocabularyDelta | None]:
         """(embedding, lm_head), None where unchanged."""
         tables = {key: self._table(key) for key in (EMBEDDING, LM_HEAD)}
-        tied_copy = self.is_tied and self.config.ensure_weight_tying
-        for one, other in ((EMBEDDING, LM_HEAD), (LM_HEAD, EMBEDDING)):
-            if one not in self.parts or self._stores(other):
-                continue
-            # A table of the base model's own, stored because it was trained before or resized, is one
-            # parameter for both in a tied model; a copy made by modules_to_save is tied only on request.
-            shared = not self.config.saves(one) or (tied_copy and one == EMBEDDING)
-            if self.is_tied and shared and tables[other] is None:
-                tables[other] = tables[one]
-        embedding = self._delta(EMBEDDING, EMBEDDING, tables[EMBEDDING])
-        source = EMBEDDING if tied_copy and not self._has_pair(LM_HEAD) else LM_HEAD
-        return embedding, self._delta(LM_HEAD, source, tables[LM_HEAD])
+        if self.base.spec.tie_embeddings:
+            for one, other in ((EMBEDDING, LM_HEAD), (LM_HEAD, EMBEDDING)):
+                # One parameter serves both ends, unless modules_to_save made a copy for one of them.
+                if not self.config.saves(one) and not self._stores(other):
+                    tables[other] = tables[one]
+        return self._delta(EMBEDDING, tables[EMBEDDING]), self._delta(LM_HEAD, tables[LM_HEAD])
 
     def _stores(self, key: str) -> bool:
         return key in self.parts and "table" in self.parts[key].tensors
-
-    def _has_pair(self, key: str) -> bool:
-        return key in self.parts and self.parts[key].has_pair
 
     def _base_table(self, key: str) -> torch.Tensor:
         return self.base.embedding() if key == EMBEDDING else self.base.lm_head()
@@ -168,30 +158,29 @@ class _Vocabulary:
             return None
         stored = self.file.stored(self.parts[key].tensors["table"])
         unchanged = torch.equal(self._base_table(key).to(stored.dtype), stored)
-        return None if unchanged else stored.float()
+        return None if unchanged else stored.to(torch.float32, copy=True)
 
-    def _delta(self, key: str, source: str, table: torch.Tensor | None) -> VocabularyDelta | None:
-        """Change of table `key` by the pair stored for `source` and, where given, by a whole new table."""
-        if not self._has_pair(source):
+    def _delta(self, key: str, table: torch.Tensor | None) -> VocabularyDelta | None:
+        """Change of one table by its pair, if it has one, and by a whole new table, if there is one."""
+        part = self.parts.get(key)
+        if part is None or not part.has_pair:
             return None if table is None else VocabularyDelta(full=table)
-        part = self.parts[source]
         scaling = self.config.scaling(key)
-        if source == EMBEDDING:
-            left = self.file.read(part.tensors["embedding_a"]).T
-            right = _scaled(self.file, part.tensors["embedding_b"], scaling).T
+        if key == EMBEDDING:
+            left = self.file.read(part.tensors["embedding_a"]).T.contiguous()
+            right = _scaled(self.file, part.tensors["embedding_b"], scaling).T.contiguous()
         else:
             left = _scaled(self.file, part.tensors["b"], scaling)
             right = self.file.read(part.tensors["a"])
         if table is None and "magnitude" not in part.tensors:
-            return VocabularyDelta(left=left.contiguous(), right=right.contiguous())
+            return VocabularyDelta(left=left, right=right)
         full = (self._base_table(key).float() if table is None else table).addmm(left, right)
         if "magnitude" in part.tensors:
-            # peft normalises an embedding per hidden dimension, an lm_head per token.
-            if source == EMBEDDING:
-                full = full * _gain(self.file, part.tensors["magnitude"], full.T)
-            else:
-                full = full * _gain(self.file, part.tensors["magnitude"], full)[:, None]
-        return VocabularyDelta(full=full.contiguous())
+            # peft normalises an embedding per hidden dimension, lm_head per token.
+            adapted = full.T if key == EMBEDDING else full
+            gain = _gain(self.file, part.tensors["magnitude"], adapted)
+            full *= gain if key == EMBEDDING else gain[:, None]
+        return VocabularyDelta(full=full)
 
 
 def _describe(

@@ -14,7 +14,8 @@ from adapter_helpers import TransformersWeights, merged, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from polybatch.adapters.peft_lora import load_peft
+from polybatch.adapters import peft_files
+from polybatch.adapters.peft_lora import digest, load_peft
 from polybatch.adapters.weights import AdapterWeights
 from polybatch.errors import AdapterError
 
@@ -379,6 +380,39 @@ def test_deltas_are_contiguous_float32_whatever_the_file_holds(model: Any, saved
         for tensor in (delta.a, delta.b):
             assert tensor.dtype == torch.float32
             assert tensor.is_contiguous()
+
+
+def test_an_adapter_does_not_follow_its_file_once_loaded(model: Any, saved: Path) -> None:
+    adapter = load_peft(saved, TransformersWeights(model))
+    file = saved / "adapter_model.safetensors"
+    size = file.stat().st_size
+    with file.open("r+b") as handle:
+        handle.seek(size // 2)
+        handle.write(b"\0" * (size - size // 2))
+    assert digest(adapter.layers, adapter.embedding, adapter.lm_head) == adapter.digest
+
+
+def test_an_adapter_larger_than_the_model_is_refused(
+    model: Any, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peft_files, "MIN_LIMIT_BYTES", 0)
+    load_peft(saved, TransformersWeights(model))
+    path = save_adapter(model, saved.parent / "large", r=100, target_modules="all-linear")
+    with pytest.raises(AdapterError, match="merge the adapter"):
+        load_peft(path, TransformersWeights(model))
+
+
+@pytest.mark.parametrize(
+    "config", [{"target_modules": ["embed_tokens"]}, {"modules_to_save": ["embed_tokens"]}]
+)
+def test_tying_kept_needs_both_ends_in_the_file(config: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny_model("llama", tie_word_embeddings=True)
+    config = {"r": 2, "target_modules": ["q_proj"], "ensure_weight_tying": True, **config}
+    path = save_adapter(model, tmp_path / "a", **config)
+    load_peft(path, TransformersWeights(model))
+    names = load_file(path / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=r"lacks the .* of lm_head"):
+        load_peft(edit(path, {name: None for name in names if "lm_head" in name}), TransformersWeights(model))
 
 
 def test_unchanged_stored_tables_cost_nothing(tmp_path: Path) -> None:
