@@ -30,6 +30,11 @@ class Arena:
         """Pages that can be had without taking anything from a running sequence."""
         return self.pool.num_free + self.pool.num_cached + self.adapters.num_evictable
 
+    def num_available_beside(self, protected: Collection[str]) -> int:
+        """The same, sparing idle adapters with these digests."""
+        spared = self.adapters.num_evictable - self.adapters.num_evictable_without(protected)
+        return self.num_available - spared
+
     @property
     def num_kv(self) -> int:
         """Pages whose KV running sequences hold."""
@@ -47,8 +52,7 @@ class Arena:
         evicting everything would not do.
         """
         if self.pool.num_free < n:
-            spared = self.adapters.num_evictable - self.adapters.num_evictable_without(protected)
-            if self.num_available - spared < n:
+            if self.num_available_beside(protected) < n:
                 return None
             while self.pool.num_free < n:
                 self._evict_oldest(protected)

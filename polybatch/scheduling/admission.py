@@ -7,7 +7,7 @@ admission that forces a preemption in the next step was no gain.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from polybatch.errors import RequestError
@@ -166,10 +166,12 @@ class Admission:
         track.node = None
         track.capacity = 0
 
-    def prefetch(self, wanted: Iterable[AdapterRef], limit: int, draft: PlanDraft) -> None:
+    def prefetch(self, wanted: Iterable[AdapterRef], limit: int, reserve: int, draft: PlanDraft) -> None:
         """Load up to `limit` adapters, needed soonest first, into pages that no running sequence holds.
 
         Never evicts an adapter that is needed sooner; stops at the first that finds no room.
+        reserve: pages left to be had besides, or else growing sequences would soon push out again
+        what was just loaded.
         """
         adapters = self._arena.adapters
         needed_sooner: set[str] = set()
@@ -177,10 +179,10 @@ class Admission:
             needed_sooner.add(ref.digest)
             if adapters.is_resident(ref.digest):
                 continue
-            pages = self._arena.allocate(ref.num_pages, protected=needed_sooner) if limit else None
-            if pages is None:
+            num_left = self._arena.num_available_beside(needed_sooner) - ref.num_pages
+            if limit == 0 or num_left < reserve:
                 return
-            self._load(ref, pages, draft)
+            self._load(ref, self._take(ref.num_pages, needed_sooner), draft)
             limit -= 1
 
     def _drop_adapter(self, track: Track) -> None:
@@ -188,8 +190,8 @@ class Admission:
             self._arena.adapters.release(track.adapter.ref.digest)
             track.adapter = None
 
-    def _take(self, n: int) -> list[int]:
-        pages = self._arena.allocate(n)
+    def _take(self, n: int, protected: Collection[str] = ()) -> list[int]:
+        pages = self._arena.allocate(n, protected)
         assert pages is not None, "pages counted as available were not"
         return pages
 

@@ -338,7 +338,7 @@ class Scheduler:
         pinned = self._arena.adapters.pinned
         if pinned or any(waiting):
             wanted = [*pinned.values(), *(ref for ref in waiting if ref is not None)]
-            self._admission.prefetch(wanted, MAX_PREFETCHES, draft)
+            self._admission.prefetch(wanted, MAX_PREFETCHES, len(self._running), draft)
 
     def _grow(self, track: Track, num_tokens: int, draft: PlanDraft) -> bool:
         """Give a running sequence pages for all its tokens; False if it had to yield itself."""

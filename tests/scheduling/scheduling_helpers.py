@@ -190,6 +190,11 @@ class Driver:
 
     def complete(self, plan: StepPlan) -> list[Sequence]:
         finished = self.scheduler.commit(plan, self.device.execute(plan))
+        for seq in finished:
+            assert seq.num_computed == seq.num_tokens - 1
+            if seq.request.params.prompt_logprobs is not None and seq.index == 0:
+                counts = [self.device.scored.pop((seq, position), 0) for position in range(seq.num_prompt)]
+                assert set(counts) == {1}, "a prompt position was scored more or less than once"
         self.forget_ended()
         if self.check_every and int(self.now) % self.check_every == 0:
             self.scheduler.check()
@@ -217,9 +222,7 @@ def is_decoding(seq: Sequence) -> bool:
     return seq.num_uncomputed == 1 and seq.num_computed >= seq.num_prompt
 
 
-def random_request(
-    rng: random.Random, request_id: str, adapters: list[AdapterRef], max_len: int
-) -> Request:
+def random_request(rng: random.Random, request_id: str, adapters: list[AdapterRef], max_len: int) -> Request:
     """Short alphabets and a few common prefixes make prefixes meet often."""
     prefix = [1 + index % 3 for index in range(rng.choice([0, 0, 4, 9, 16, 25]))]
     prompt = prefix + [rng.randrange(1, 4) for _ in range(rng.randint(1, 12))]
