@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DEMO_ADAPTERS := json sentiment sql pirate
+DEMO_ADAPTERS := sentiment json-contact sql pirate
 
 .DELETE_ON_ERROR:
 .PHONY: demo test test-slow check bench clean

@@ -69,7 +69,8 @@ def batch(
             progress = Progress(total, ok, errors, done_before=ok + errors)
         else:
             if job.was_resumed and not quiet:
-                console.print(f"continuing {output_path}: {ok + errors:,} of {total:,} rows are done")
+                note = f"continuing {output_path}: {ok + errors:,} of {total:,} rows are done"
+                console.print(note, soft_wrap=True, highlight=False, markup=False)
             progress, stopped_by = _run(job, engine, names, console, quiet)
             if stopped_by:
                 raise typer.Exit(_explain_stop(console, progress, output_path, stopped_by))
@@ -94,10 +95,10 @@ def _run(
     job: Job, engine: EngineOptions, names: ModelNames, console: Console, quiet: bool
 ) -> tuple[Progress, int | None]:
     """Load the model and run; returns the progress and the signal that stopped it, if one did."""
-    from polybatch.cli.engines import open_llm
+    from polybatch.cli.engines import open_core
 
-    with open_llm(engine, console, quiet) as llm:
-        runner = Runner(job, llm.core, names, window=LOOK_AHEAD * engine.max_num_seqs)
+    with open_core(engine, console, quiet) as core:
+        runner = Runner(job, core, names, window=LOOK_AHEAD * engine.max_num_seqs)
         with ProgressDisplay(console, quiet) as display, _stop_signals() as received:
             runner.run(should_stop=lambda: bool(received), report=display)
     unfinished = runner.progress.done < runner.progress.total
@@ -114,7 +115,7 @@ def _stop_signals() -> Iterator[list[int]]:
 
     def note(number: int, frame: types.FrameType | None) -> None:
         received.append(number)
-        signal.signal(number, previous[number])
+        signal.signal(number, previous[signal.Signals(number)])
 
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in previous:
@@ -129,7 +130,10 @@ def _stop_signals() -> Iterator[list[int]]:
 def _explain_stop(console: Console, progress: Progress, output: Path, stopped_by: int) -> int:
     console.print(
         f"stopped: {progress.done:,} of {progress.total:,} rows are in {output}. "
-        "Run the same command again to go on."
+        "Run the same command again to go on.",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
     )
     sys.stderr.flush()
     return 128 + stopped_by

@@ -32,16 +32,18 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System message of every conversation.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 0.95,
-    max_tokens: Annotated[int | None, typer.Option(help="Longest answer; default what the model allows.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Longest answer; default what the model allows.")
+    ] = None,
 ) -> None:
     """Chat with the model. Type /help for what else there is."""
-    from polybatch.cli.engines import open_llm
+    from polybatch.cli.engines import open_core
 
     is_terminal = sys.stdin.isatty()
     console = Console(stderr=True, highlight=False)
     params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
-    with open_llm(engine, console, quiet=not is_terminal) as llm:
-        talk = Conversation(llm.core, params, tuple(engine.adapters()), system)
+    with open_core(engine, console, quiet=not is_terminal) as core:
+        talk = Conversation(core, params, tuple(engine.adapters()), system)
         if is_terminal:
             names = ", ".join(talk.adapters) or "none"
             console.print(f"{engine.chosen_model()}, adapters: {names}. /help lists commands.", markup=False)

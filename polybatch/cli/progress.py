@@ -76,7 +76,7 @@ def describe(progress: Progress) -> str:
         f"{progress.hit_rate:.0%} cached",
     ]
     if progress.errors:
-        parts.append(f"{progress.errors:,} errors")
+        parts.append(f"errors: {progress.errors:,}")
     parts.append("time left ?" if left is None else f"{duration(left)} left")
     return " · ".join(parts)
 
