@@ -118,12 +118,12 @@ class EngineCore:
         if not self._requests:
             return self.drain()
         plan: StepPlan | None = None
-        started = time.perf_counter()
+        started, now = time.perf_counter(), self._clock()
         try:
-            plan = self.scheduler.plan(self._clock())
+            plan = self.scheduler.plan(now)
             if plan is None:
                 raise EngineError(f"nothing can be scheduled while {len(self._requests)} requests wait")
-            self._run(plan, started)
+            self._run(plan, now, started)
         except BaseException as error:
             message = str(error) if isinstance(error, EngineError) else f"a step failed: {error!r}"
             self._end(list(self._requests), FinishReason.ERROR, message)
@@ -157,13 +157,13 @@ class EngineCore:
             num_output_tokens=self._num_output_tokens,
         )
 
-    def _run(self, plan: StepPlan, started: float) -> None:
+    def _run(self, plan: StepPlan, now: float, started: float) -> None:
         """Carry a plan out and take its tokens in."""
         times, clock = self.times, time.perf_counter
         planned = clock()
         logits = self._forward(plan)
         forwarded = clock()
-        picked, rows = self._rows_to_sample(plan)
+        picked, rows = self._rows_to_sample(plan, now)
         chosen = logits if len(rows) == len(logits) else logits[rows]
         sampled = self._sampler.sample(chosen, [completion.sampling for completion in picked])
         done = clock()
@@ -203,9 +203,8 @@ class EngineCore:
             raise EngineError("the plan has adapters, but the engine has none")
         return self.executor.forward(plan, {digest: self.store.weights(digest) for digest in digests})
 
-    def _rows_to_sample(self, plan: StepPlan) -> tuple[list[Completion], list[int]]:
+    def _rows_to_sample(self, plan: StepPlan, now: float) -> tuple[list[Completion], list[int]]:
         """Completions that get a token in this step, and their rows of the logits."""
-        now = self._clock()
         picked: list[Completion] = []
         rows: list[int] = []
         num_rows = 0

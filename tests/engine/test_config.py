@@ -1,0 +1,83 @@
+"""Settings: every "auto" settled once, every impossible value refused with a way out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from polybatch.engine.config import EngineConfig, available_memory, parse_bytes, resolve
+from polybatch.errors import ConfigError
+from polybatch.execution.fake import fake_spec
+
+GIB = 2**30
+
+
+def resolved(page_bytes: int = 1024, available: int = 8 * GIB, **settings: Any) -> Any:
+    return resolve(EngineConfig(**settings), fake_spec(), page_bytes, available)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [(4096, 4096), ("4096", 4096), ("2GiB", 2 * GIB), ("1.5 KiB", 1536), ("3MB", 3_000_000), ("7B", 7)],
+)
+def test_memory_is_bytes_or_text_with_a_unit(text: int | str, count: int) -> None:
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("bad", ["2 gigs", "GiB", "-1GiB", "iB", 0, -5, True, 1.5, "2iB"])
+def test_a_memory_that_is_no_size_is_refused(bad: Any) -> None:
+    with pytest.raises(ConfigError, match="2GiB"):
+        parse_bytes(bad)
+
+
+def test_memory_left_open_is_a_quarter_of_what_is_free_or_what_can_be_used() -> None:
+    assert resolved(available=4 * GIB, max_model_len=200_000).pool.total_bytes == GIB
+    small = resolved(available=1000 * GIB, max_model_len=160, max_num_seqs=3)
+    assert small.pool.num_pages == 3 * 10
+
+
+def test_a_model_longer_than_the_pool_is_served_up_to_the_pool_unless_asked_for() -> None:
+    assert resolved(memory=100 * 1024).scheduler.max_model_len == 1600
+    with pytest.raises(ConfigError, match=r"1,600 tokens.*max_model_len 5,000.*raise memory"):
+        resolved(memory=100 * 1024, max_model_len=5000)
+
+
+def test_max_model_len_beyond_the_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the model's limit is 1,048,576"):
+        resolved(max_model_len=2**20 + 1)
+
+
+def test_auto_means_bfloat16_on_the_compiled_cpu_executor() -> None:
+    config = resolved()
+    assert (config.dtype, config.device, config.executor) == ("bfloat16", "cpu", "cpu")
+    assert config.max_num_tokens == 2048 + 256
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device": "cuda"}, "only the CPU is supported so far"),
+        ({"device": "tpu"}, "'auto', 'cpu'"),
+        ({"dtype": "float16"}, "'bfloat16'"),
+        ({"quantization": "fp8"}, "'int8', 'int4'"),
+        ({"executor": "gpu"}, "'eager'"),
+        ({"seed": "x"}, "integer"),
+        ({"threads": 0}, "positive integer or None"),
+        ({"memory": "lots"}, "2GiB"),
+    ],
+)
+def test_impossible_settings_are_refused_by_name(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        EngineConfig(**settings)
+    assert next(iter(settings)) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["max_num_seqs", "max_num_batched_tokens"])
+def test_limits_must_be_positive(name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        resolved(**{name: 0}, memory=GIB, max_model_len=100)
+
+
+def test_available_memory_is_positive() -> None:
+    assert available_memory() > 0
