@@ -4,14 +4,16 @@
 
 Memory depends on the window, not on the length of the file. Results reach the operating system
 after every step; output and journal are synced at most once a second or every 1,000 rows.
-Every line ends as a result or as an error line; a line that fails takes no other with it.
+Every line ends as a result or as an error line; a line that fails takes no other with it. Where a whole
+step fails, its rows are run again one by one: what fails alone becomes an error line, unless row after
+row fails, which is the machine's fault and ends the run with these rows still to do.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -26,6 +28,8 @@ from polybatch.request import FinishReason, RequestOutput, SamplingParams
 
 SYNC_INTERVAL_S = 1.0
 SYNC_ROWS = 1_000
+MAX_FAILED_STEPS = 3
+"""Rows that fail alone, one right after the other, before the engine is held to be broken."""
 MAX_NAMES_SHOWN = 10
 
 
@@ -43,7 +47,14 @@ class BatchEngine(Protocol):
         ...
 
     def step(self) -> list[RequestOutput]:
-        """Run one step; returns the requests that finished in it."""
+        """Run one step; returns the requests that finished in it.
+
+        Raises EngineError if the step fails; then nothing is in flight any more.
+        """
+        ...
+
+    def drain(self) -> list[RequestOutput]:
+        """Outputs that no step has returned, such as those of a step that failed."""
         ...
 
     def has_work(self) -> bool: ...
@@ -136,6 +147,8 @@ class Runner:
         self._window, self._clock = window, clock
         self._rows: dict[str, _Row] = {}
         self._in_flight = 0
+        self._suspects: deque[Line] = deque()
+        self._failed_alone: list[tuple[Line, EngineError]] = []
         self._finished: list[bytes] = []
         self._unmarked: dict[int, int] = {}
         self._synced_s = clock()
@@ -152,21 +165,16 @@ class Runner:
         Returns whether the job is complete. What finished is synced on every way out.
         """
         lines = self._job.pending_lines()
-        is_read = False
         try:
             while not should_stop():
-                is_read = is_read or not self._fill(lines)
+                is_read = not self._fill(lines)
                 if self._rows:
-                    if not self._engine.has_work():
-                        raise EngineError(
-                            f"the engine lost {len(self._rows)} requests, {min(self._rows)} first"
-                        )
-                    for output in self._engine.step():
-                        self._collect(output)
+                    self._step()
                 self._flush()
                 self.progress.elapsed_s = self._clock() - self.progress.started_s
                 report(self.progress)
-                if is_read and not self._rows:
+                if is_read and not self._rows and not self._suspects:
+                    self._give_up_failed()
                     break
         finally:
             self._flush(sync=True)
@@ -174,8 +182,42 @@ class Runner:
             self._engine.abort(request_id)
         return self.progress.done == self.progress.total
 
+    def _step(self) -> None:
+        if not self._engine.has_work():
+            raise EngineError(f"the engine lost {len(self._rows)} requests, {min(self._rows)} first")
+        try:
+            outputs = self._engine.step()
+        except EngineError as error:
+            self._isolate(error)
+            return
+        for output in outputs:
+            self._collect(output)
+
+    def _isolate(self, error: EngineError) -> None:
+        """Take back the rows of a failed step, to be run alone, or give up the one that already was."""
+        self._engine.drain()
+        rows = {row.line.number: row for row in self._rows.values()}
+        self._rows.clear()
+        self._in_flight = 0
+        if len(rows) > 1:
+            self._suspects.extend(row.line for row in rows.values())
+            return
+        self._failed_alone += [(row.line, error) for row in rows.values()]
+        if len(self._failed_alone) >= MAX_FAILED_STEPS:
+            raise error
+
+    def _give_up_failed(self) -> None:
+        """Write the error lines of rows that failed alone, once others are seen to succeed."""
+        for line, error in self._failed_alone:
+            self._fail(line, 500, "engine_error", RequestError(str(error)))
+        self._failed_alone.clear()
+
     def _fill(self, lines: Iterator[Line]) -> bool:
         """Submit lines until the window is full; False when there are no more."""
+        if self._suspects:
+            if not self._rows:
+                self._submit(self._suspects.popleft())
+            return True
         # A file of nothing but bad lines must not pile up its error lines here.
         while self._in_flight < self._window and len(self._finished) < SYNC_ROWS:
             line = next(lines, None)
@@ -235,6 +277,7 @@ class Runner:
         if failure is not None:
             self._fail(row.line, 500, "engine_error", RequestError(failure))
         else:
+            self._give_up_failed()
             self._succeed(row)
 
     def _succeed(self, row: _Row) -> None:

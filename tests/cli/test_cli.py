@@ -95,7 +95,8 @@ def test_durations_read_naturally(seconds: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "text"), [(1023, "1023 bytes"), (1024, "1.0 KiB"), (3 << 29, "1.5 GiB"), (5 << 40, "5,120.0 GiB")]
+    ("count", "text"),
+    [(1023, "1023 bytes"), (1024, "1.0 KiB"), (3 << 29, "1.5 GiB"), (5 << 40, "5,120.0 GiB")],
 )
 def test_bytes_read_naturally(count: int, text: str) -> None:
     assert show_bytes(count) == text

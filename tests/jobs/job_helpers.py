@@ -54,6 +54,9 @@ class EchoEngine:
         self.waiting.pop(request_id, None)
         self.running.pop(request_id, None)
 
+    def drain(self) -> list[RequestOutput]:
+        return []
+
     def step(self) -> list[RequestOutput]:
         time.sleep(self.step_s)
         for request_id in self.waiting:

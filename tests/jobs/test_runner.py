@@ -178,6 +178,36 @@ def test_an_engine_that_loses_requests_ends_the_job_instead_of_hanging(tmp_path:
         run_job(tmp_path / "in.jsonl", tmp_path / "out.jsonl", Forgetful())
 
 
+class Fragile(EchoEngine):
+    """A whole step fails, and all its requests with it, when certain prompts run."""
+
+    def step(self) -> list[RequestOutput]:
+        if any(b"poison" in bytes(ids) for ids, _, _ in self.waiting.values()):
+            self.waiting.clear()
+            self.running.clear()
+            raise EngineError("the machine tripped")
+        return super().step()
+
+
+def test_a_row_that_fails_a_whole_step_takes_no_other_with_it(tmp_path: Path) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts = [f"poison {i}" if i in (7, 31, 39) else f"fine {i}" for i in range(40)]
+    source.write_text("".join(completion_line(str(i), prompt) for i, prompt in enumerate(prompts)))
+    run_job(source, out, Fragile())
+    rows = {int(row["custom_id"]): row["response"]["status_code"] for row in read_output(out)}
+    assert rows == {i: 500 if i in (7, 31, 39) else 200 for i in range(40)}
+
+
+def test_an_engine_that_fails_every_row_ends_the_job_and_leaves_them_to_do(tmp_path: Path) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(completion_line(str(i), "poison") for i in range(40)))
+    with pytest.raises(EngineError, match="tripped"):
+        run_job(source, out, Fragile())
+    assert read_output(out) == []
+    run_job(source, out)
+    assert len(read_output(out)) == 40
+
+
 def test_progress_counts_rows_and_tokens(tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_text(completion_line("1", "abcd") + completion_line("2", "efgh", model="b") + "bad\n")
