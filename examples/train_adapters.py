@@ -29,7 +29,7 @@ HELD_OUT_ROWS = 60
 TRAIN_ROWS = {"pirate": 150}
 BATCH_ROWS = 8
 ANSWER_ROWS = 30
-MAX_NEW_TOKENS = 48
+MAX_NEW_TOKENS = 80
 
 
 def load_base(gguf: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -79,7 +79,7 @@ def training_rows(task: Task, base: PreTrainedModel, tokenizer: Tokenizer) -> li
     if rows[0].answer:
         return rows
     rng = random.Random(0)
-    plain = answers(base, tokenizer, [row.prompt for row in rows])
+    plain = answers(base, tokenizer, [row.prompt for row in rows], max_new_tokens=48)
     return [Row(row.prompt, to_pirate(text, rng)) for row, text in zip(rows, plain, strict=True)]
 
 
