@@ -73,6 +73,7 @@ class Tokenizer:
     def from_directory(cls, path: Path) -> Tokenizer:
         """The tokenizer of a Hugging Face directory: tokenizer.json, tokenizer_config.json, template.
 
+        tokenizer.json alone says which special tokens surround a text, as in transformers 5.
         Raises ModelError for files that are missing or malformed.
         """
         import tokenizers
@@ -91,8 +92,6 @@ class Tokenizer:
             backend,
             named_tokens=_named_tokens(config),
             chat_template=_chat_template(path, config),
-            add_bos=config.get("add_bos_token"),
-            add_eos=config.get("add_eos_token"),
         )
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -231,9 +230,6 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ModelError(f"cannot read {path}: {error}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{path} holds no JSON object")
-    for key in ("add_bos_token", "add_eos_token"):
-        if not isinstance(config.get(key), (bool, type(None))):
-            raise ModelError(f"{path}: {key} is {config[key]!r}; it must be true or false")
     return config
 
 

@@ -152,7 +152,8 @@ def _sentencepiece(fields: Fields, tokens: list[str]) -> tokenizers.Tokenizer:
 def _merges_by_score(fields: Fields, tokens: list[str], vocab: dict[str, int]) -> list[tuple[str, str]]:
     """All ways to put a token together from two, best token first: SentencePiece's order of merging."""
     scores = fields.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens):
+    numbers = isinstance(scores, list) and all(isinstance(score, (int, float)) for score in scores)
+    if not numbers or len(scores) != len(tokens):
         raise fields.bad("tokenizer.ggml.scores", f"a list of {len(tokens)} numbers, one per token")
     types = _token_types(fields, len(tokens))
     ranked: list[tuple[float, int, int, str, str]] = []
