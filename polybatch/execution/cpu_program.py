@@ -1,0 +1,362 @@
+"""The forward pass of a decoder as a program of compiled operations.
+
+Built once per model: the table names every operation with its buffers, so a step only changes a
+handful of counts in the state. There are two tables, with and without adapters; a step whose rows are
+all base rows walks the one that has never heard of them.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from polybatch.config import ModelSpec
+from polybatch.errors import ConfigError
+from polybatch.kernels.cpu.emit import LANES, LOG2_E
+from polybatch.kernels.cpu.layout import ITEM_BYTES, NUM_LOGITS, NUM_TOKENS, padded
+from polybatch.kernels.cpu.team import Program
+from polybatch.kernels.linear.cpu import (
+    ADD,
+    GROUP,
+    H_PTR,
+    H_STRIDE,
+    SILU_MUL,
+    STORE,
+    PackedLinear,
+    Weight,
+    aligned_bytes,
+    compile_linear,
+    pack,
+)
+from polybatch.kernels.lora.cpu import H_PTR as SHRINK_H_PTR
+from polybatch.kernels.lora.cpu import H_STRIDE as SHRINK_H_STRIDE
+from polybatch.kernels.lora.cpu import compile_shrink
+from polybatch.kernels.norm.cpu import compile_embed, compile_norm, compile_quantize
+from polybatch.kernels.ragged_attention.cpu import compile_attention
+from polybatch.kernels.write_kv.cpu import compile_write_kv
+from polybatch.models.rope import rope_frequencies
+from polybatch.models.weights import LayerWeights, ModelWeights
+
+Operation = tuple[int, list[int]]
+
+
+def bits_of(value: float) -> int:
+    """A float32's bits as an integer, for an operation's argument."""
+    return int(struct.unpack("<i", struct.pack("<f", value))[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """dtype: of activations, keys, values and adapter rows. linear, head: kinds of packed weights."""
+
+    dtype: str
+    linear: str
+    head: str
+
+    @staticmethod
+    def of(dtype: str, quantization: str | None) -> Precision:
+        if quantization is None:
+            return Precision(dtype, dtype, dtype)
+        # The vocabulary's matrix decides the last digit of every logit, so 4 bits stop before it.
+        return Precision(dtype, quantization, "int8")
+
+
+@dataclass(frozen=True, slots=True)
+class StepAddresses:
+    """Addresses of the arrays that change from step to step; the arrays themselves live elsewhere."""
+
+    token_ids: int
+    positions: int
+    token_adapter: int
+    adapter_tables: int
+    logit_rows: int
+    runs: int
+    tiles: int
+    segments: int
+    page_table: int
+    page_table_stride: int
+    pages: int
+    layer_bytes: int
+    page_bytes: int
+
+
+class Buffers:
+    """Activation buffers for up to `max_tokens` rows, untouched memory until a step is that large."""
+
+    def __init__(self) -> None:
+        self._kept: list[torch.Tensor] = []
+        self.total_bytes = 0
+
+    def rows(self, max_rows: int, width: int, item: int) -> int:
+        """Address of zeroed [max_rows, width] of `item` bytes each."""
+        return self.tensor(max_rows, width, item).data_ptr()
+
+    def tensor(self, max_rows: int, width: int, item: int) -> torch.Tensor:
+        """Zeroed bytes of [max_rows, width] of `item` bytes each, as uint8 [max_rows, width * item]."""
+        tensor = aligned_bytes(max_rows * width * item)
+        self.total_bytes += tensor.numel()
+        self._kept.append(tensor)
+        return tensor.view(max_rows, width * item)
+
+    def constant(self, values: torch.Tensor, width: int | None = None) -> int:
+        """Address of float32 values, padded with zeros to `width`."""
+        flat = values.detach().float().reshape(-1)
+        tensor = aligned_bytes(4 * max(flat.numel(), width or 0))
+        tensor.view(torch.float32)[: flat.numel()] = flat
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def keep(self, tensor: torch.Tensor) -> None:
+        """Hold memory that operations point to."""
+        self._kept.append(tensor)
+
+    def table(self, values: np.ndarray) -> int:  # type: ignore[type-arg]
+        tensor = torch.from_numpy(np.ascontiguousarray(values))
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+
+class CpuProgram:
+    """Packed weights, buffers and the operation tables of one model on the CPU."""
+
+    def __init__(
+        self,
+        weights: ModelWeights,
+        precision: Precision,
+        step: StepAddresses,
+        max_tokens: int,
+        max_logits: int,
+        max_model_len: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        spec = weights.spec
+        self.spec = spec
+        self.precision = precision
+        self.step = step
+        self.buffers = Buffers()
+        self.weight_bytes = 0
+        self._packed: list[PackedLinear] = []
+        self._check()
+        self._max_tokens = max_tokens
+        self._allocate(max_tokens, max_logits)
+        self._compile()
+        self._rope(max_model_len)
+        plain: list[Operation] = [self._embed(weights)]
+        adapted = list(plain)
+        for index in range(spec.num_layers):
+            with_adapters, without = self._layer(index, weights.layer(index))
+            plain += without
+            adapted += with_adapters
+            if progress is not None:
+                progress(index + 1, spec.num_layers)
+        head = self._head(weights)
+        self.plain = Program(plain + head)
+        self.adapted = Program(adapted + head)
+        self.head_ops = len(head)
+        self._h = torch.empty(0, dtype=torch.float32)
+
+    def _check(self) -> None:
+        spec, kind = self.spec, self.precision.linear
+        if kind == "int4":
+            for name, (_, inputs) in spec.linear_shapes.items():
+                if inputs % GROUP:
+                    raise ConfigError(
+                        f"quantization is int4, which needs inputs in groups of {GROUP}; {name} has {inputs}: "
+                        "use int8 or None"
+                    )
+
+    def _allocate(self, max_tokens: int, max_logits: int) -> None:
+        spec, item = self.spec, ITEM_BYTES[self.precision.dtype]
+        self.head_stride = padded(spec.head_dim, LANES)
+        self.hidden = padded(spec.hidden_size)
+        self.attention_width = padded(spec.num_heads * self.head_stride)
+        self.ff_width = padded(padded(spec.intermediate_size, 32))
+        self.qkv_width = padded(spec.q_size) + 2 * padded(spec.kv_size)
+        self.vocab_width = padded(spec.vocab_size)
+        b = self.buffers
+        self.x_tensor = b.tensor(max_tokens, self.hidden, 4).view(torch.float32)
+        self.x = self.x_tensor.data_ptr()
+        self.a = b.rows(max_tokens, self.hidden, item)
+        self.qkv = b.rows(max_tokens, self.qkv_width + 2 * LANES, 4)
+        self.q = b.rows(max_tokens, self.attention_width, item)
+        self.attention = b.rows(max_tokens, self.attention_width, item)
+        self.act = b.rows(max_tokens, self.ff_width, item)
+        widest = max(self.hidden, self.attention_width, self.ff_width)
+        self.int_rows = b.rows(max_tokens, widest, 1)
+        self.sums_stride = 4 * (widest // GROUP)
+        self.int_scales = b.rows(max_tokens, widest // GROUP, 4)
+        self.int_sums = b.rows(max_tokens, widest // GROUP, 4)
+        torch_dtype = torch.float32 if self.precision.dtype == "float32" else torch.bfloat16
+        self.last_tensor = b.tensor(max_logits, self.hidden, item).view(torch_dtype)
+        self.last = self.last_tensor.data_ptr()
+        self.logits_tensor = aligned_bytes(max_logits * self.vocab_width * 4).view(torch.float32)
+        self.logits_tensor = self.logits_tensor.view(max_logits, self.vocab_width)
+
+    def _compile(self) -> None:
+        spec, p = self.spec, self.precision
+        self._norm = compile_norm(p.dtype)
+        self._write_kv = compile_write_kv(
+            spec.num_heads, spec.num_kv_heads, spec.head_dim, p.dtype, spec.qk_norm
+        )
+        self._attend = compile_attention(spec.num_heads, spec.num_kv_heads, spec.head_dim, p.dtype)
+        self._shrink = compile_shrink(p.dtype)
+        self._linear = {
+            (kind, end): compile_linear(kind, end, p.dtype, p.dtype)
+            for kind, ends in ((p.linear, (STORE, ADD, SILU_MUL)), (p.head, (STORE,)))
+            for end in ends
+        }
+        self._quantizers = {
+            kind: compile_quantize(p.dtype, kind) for kind in {p.linear, p.head} if kind in ("int8", "int4")
+        }
+
+    def _rope(self, max_model_len: int) -> None:
+        spec = self.spec
+        inv_freq, scaling = rope_frequencies(spec.rope, spec.head_dim)
+        angles = torch.arange(max_model_len, dtype=torch.float32)[:, None] * torch.as_tensor(inv_freq).float()
+        table = torch.stack((angles.cos(), angles.sin()), dim=1) * scaling
+        self.cos_sin = self.buffers.constant(table)
+
+    # operations
+
+    def _embed(self, weights: ModelWeights) -> Operation:
+        dtype = self.precision.dtype
+        source = weights.embedding()
+        item = ITEM_BYTES[dtype]
+        table = aligned_bytes(self.spec.vocab_size * self.hidden * item)
+        target = table.view(torch.float32 if dtype == "float32" else torch.bfloat16)
+        target.view(-1, self.hidden)[:, : self.spec.hidden_size] = source
+        self.buffers.keep(table)
+        self.weight_bytes += table.numel()
+        args = [table.data_ptr(), self.hidden * item, self.x, self.hidden * 4, self.hidden, NUM_TOKENS,
+                self.step.token_ids]  # fmt: skip
+        return compile_embed(dtype), args
+
+    def _norm_op(self, weight: torch.Tensor, dst: int, rows_index: int, rows: int) -> Operation:
+        item = ITEM_BYTES[self.precision.dtype]
+        args = [self.x, self.hidden * 4, dst, self.hidden * item, self.hidden, rows_index, rows,
+                self.buffers.constant(weight, self.hidden), 0, 0, 0, self.spec.hidden_size,
+                bits_of(self.spec.rms_norm_eps)]  # fmt: skip
+        return self._norm, args
+
+    def _linear_ops(
+        self, packed: PackedLinear, end: int, src: int, width: int, out: int, out_stride: int,
+        rows_index: int, layer: int, has_adapters: bool,
+    ) -> list[Operation]:  # fmt: skip
+        """Quantise the input where the weights are integers, then multiply."""
+        item = ITEM_BYTES[self.precision.dtype]
+        ops: list[Operation] = []
+        a, a_stride = src, width * item
+        if packed.kind in ("int8", "int4"):
+            a, a_stride = self.int_rows, width
+            ops.append((self._quantizers[packed.kind], [
+                src, width * item, a, a_stride, width, rows_index, 0, 0, self.int_scales, self.int_sums,
+                self.sums_stride]))  # fmt: skip
+        steps = (
+            packed.in_size // GROUP
+            if packed.kind in ("int8", "int4")
+            else packed.in_size * ITEM_BYTES[packed.kind] // 4
+        )
+        ops.append((self._linear[packed.kind, end], [
+            a, a_stride, self.int_scales, self.int_sums, self.sums_stride, packed.data.data_ptr(),
+            packed.panel_bytes, packed.num_panels, steps,
+            packed.scales.data_ptr() if packed.scales is not None else 0,
+            self.buffers.table(packed.records), out, out_stride, rows_index,
+            self.step.token_adapter if has_adapters else 0, self.step.adapter_tables, layer, 0, 0]))  # fmt: skip
+        return ops
+
+    def _pack(self, weights: list[Weight], kind: str, interleave: bool = False) -> PackedLinear:
+        packed = pack(weights, kind, interleave)
+        self.weight_bytes += packed.nbytes
+        self._packed.append(packed)
+        return packed
+
+    def _layer(self, i: int, w: LayerWeights) -> tuple[list[Operation], list[Operation]]:
+        spec, kind, step = self.spec, self.precision.linear, self.step
+        item = ITEM_BYTES[self.precision.dtype]
+        qkv = self._pack([Weight(w.q, 0, w.q_bias), Weight(w.k, 1, w.k_bias), Weight(w.v, 2, w.v_bias)], kind)
+        o = self._pack([Weight(self._spread_heads(w.o), 3, w.o_bias)], kind)
+        gate_up = self._pack([Weight(w.gate, 4, w.gate_bias), Weight(w.up, 5, w.up_bias)], kind, True)
+        down = self._pack([Weight(w.down, 6, w.down_bias)], kind)
+        pages = step.pages + i * step.layer_bytes
+        qkv_stride = (self.qkv_width + 2 * LANES) * 4
+        attention_stride = self.attention_width * item
+        factor = LOG2_E / math.sqrt(spec.head_dim)
+        q_norm = self.buffers.constant(w.q_norm, spec.head_dim + LANES) if w.q_norm is not None else 0
+        k_norm = self.buffers.constant(w.k_norm, spec.head_dim + LANES) if w.k_norm is not None else 0
+        write = (self._write_kv, [
+            self.qkv, qkv_stride, 4 * padded(spec.q_size), 4 * (padded(spec.q_size) + padded(spec.kv_size)),
+            self.q, attention_stride, pages, step.page_bytes, step.runs, self.cos_sin, step.positions,
+            q_norm, k_norm, bits_of(spec.rms_norm_eps), bits_of(factor)])  # fmt: skip
+        attend = (self._attend, [
+            self.q, attention_stride, self.attention, attention_stride, pages, step.page_bytes, step.tiles,
+            step.page_table, step.page_table_stride, spec.window(i) or 0])  # fmt: skip
+        norms = (
+            self._norm_op(w.input_norm, self.a, NUM_TOKENS, 0),
+            self._norm_op(w.post_attention_norm, self.a, NUM_TOKENS, 0),
+        )
+
+        def shrink(src: int, width: int, first: int, count: int) -> Operation:
+            return (self._shrink, [
+                src, width * item, padded(width, 32), step.segments, step.adapter_tables, i, first, count, 0, 0])  # fmt: skip
+
+        versions = []
+        for has in (True, False):
+
+            def linear(packed: PackedLinear, end: int, src: int, width: int, out: int, stride: int,
+                       has: bool = has) -> list[Operation]:  # fmt: skip
+                return self._linear_ops(packed, end, src, width, out, stride, NUM_TOKENS, i, has)
+
+            ops = [norms[0]]
+            ops += [shrink(self.a, self.hidden, 0, 3)] * has
+            ops += linear(qkv, STORE, self.a, self.hidden, self.qkv, qkv_stride)
+            ops += [write, attend]
+            ops += [shrink(self.attention, self.attention_width, 3, 1)] * has
+            ops += linear(o, ADD, self.attention, self.attention_width, self.x, self.hidden * 4)
+            ops += [norms[1]]
+            ops += [shrink(self.a, self.hidden, 4, 2)] * has
+            ops += linear(gate_up, SILU_MUL, self.a, self.hidden, self.act, self.ff_width * item)
+            ops += [shrink(self.act, self.ff_width, 6, 1)] * has
+            ops += linear(down, ADD, self.act, self.ff_width, self.x, self.hidden * 4)
+            versions.append(ops)
+        return versions[0], versions[1]
+
+    def _spread_heads(self, o: torch.Tensor) -> torch.Tensor:
+        """o_proj for attention outputs whose heads are padded to whole vectors."""
+        spec = self.spec
+        if self.head_stride == spec.head_dim:
+            return o
+        spread = torch.zeros(o.shape[0], spec.num_heads, self.head_stride, dtype=o.dtype)
+        spread[:, :, : spec.head_dim] = o.view(-1, spec.num_heads, spec.head_dim)
+        return spread.flatten(1)
+
+    def _head(self, weights: ModelWeights) -> list[Operation]:
+        packed = self._pack([Weight(weights.lm_head())], self.precision.head)
+        norm = self._norm_op(weights.final_norm(), self.last, NUM_LOGITS, self.step.logit_rows)
+        return [norm, *self._linear_ops(packed, STORE, self.last, self.hidden, self.logits_tensor.data_ptr(),
+                                        self.vocab_width * 4, NUM_LOGITS, 0, False)]  # fmt: skip
+
+    def view_x(self) -> torch.Tensor:
+        """The residual stream, [max tokens, hidden padded] float32."""
+        return self.x_tensor
+
+    def view_last(self, rows: int) -> torch.Tensor:
+        """Final hidden states of the logit rows after the norm, [rows, hidden]."""
+        return self.last_tensor[:rows, : self.spec.hidden_size]
+
+    def reserve_ranks(self, num_ranks: int) -> None:
+        """Make room for `num_ranks` intermediate values per token in the adapters' halves."""
+        if num_ranks * self._max_tokens <= self._h.numel():
+            return
+        width = padded(max(num_ranks, 16), 16)
+        self._h = torch.empty(self._max_tokens * width, dtype=torch.float32)
+        linear = set(self._linear.values())
+        for row in self.adapted.table:
+            if row[0] == self._shrink:
+                row[SHRINK_H_PTR], row[SHRINK_H_STRIDE] = self._h.data_ptr(), width * 4
+            elif row[0] in linear:
+                row[H_PTR], row[H_STRIDE] = self._h.data_ptr(), width * 4

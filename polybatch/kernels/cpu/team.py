@@ -1,0 +1,259 @@
+"""A team of threads that runs a program of operations as one compiled call.
+
+Every thread walks the same table of operations. Inside an operation threads claim tiles from an
+atomic counter; between operations they meet at a barrier that only ever counts up, so that it needs
+no reset and a late thread can never miss it. Threads sleep between programs and spin inside one,
+yielding the processor when a wait gets long, so an oversubscribed machine still makes progress.
+
+An operation's row in the table (int64):   [function address, counter address, argument 0, 1, …]
+The state of a step (int64):               [what a program's kernels agree on …]
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from polybatch.errors import EngineError
+from polybatch.kernels.cpu.compile import compile_function
+
+ROW = 32
+"""int64 values in an operation's row."""
+ARGS = 2
+"""Index of an operation's first own argument in its row."""
+COUNTER_STRIDE = 8
+"""int64 values between tile counters: a cache line each."""
+
+_I64 = ir.IntType(64)
+
+
+def _pointer(builder: Any, address: Any, kind: Any) -> Any:
+    return builder.inttoptr(address, kind.as_pointer())
+
+
+@intrinsic
+def load_i64(typing_context, address, index):  # type: ignore[no-untyped-def]
+    """int64 number `index` of the array at `address`."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        offset = builder.mul(args[1], ir.Constant(_I64, 8))
+        return builder.load(_pointer(builder, builder.add(args[0], offset), _I64))
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def load_i32(typing_context, address, index):  # type: ignore[no-untyped-def]
+    """int32 number `index` of the array at `address`, widened."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        offset = builder.mul(args[1], ir.Constant(_I64, 4))
+        value = builder.load(_pointer(builder, builder.add(args[0], offset), ir.IntType(32)))
+        return builder.sext(value, _I64)
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def load_f32(typing_context, address, index):  # type: ignore[no-untyped-def]
+    """float32 number `index` of the array at `address`."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        offset = builder.mul(args[1], ir.Constant(_I64, 4))
+        return builder.load(_pointer(builder, builder.add(args[0], offset), ir.FloatType()))
+
+    return types.float32(types.int64, types.int64), codegen
+
+
+@intrinsic
+def store_f32(typing_context, address, index, value):  # type: ignore[no-untyped-def]
+    """Put float32 `value` at number `index` of the array at `address`."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        offset = builder.mul(args[1], ir.Constant(_I64, 4))
+        builder.store(args[2], _pointer(builder, builder.add(args[0], offset), ir.FloatType()))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32), codegen
+
+
+@intrinsic
+def store_i64(typing_context, address, index, value):  # type: ignore[no-untyped-def]
+    """Put int64 `value` at number `index` of the array at `address`."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        offset = builder.mul(args[1], ir.Constant(_I64, 8))
+        builder.store(args[2], _pointer(builder, builder.add(args[0], offset), _I64))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic(prefer_literal=True)
+def stack_bytes(typing_context, size):  # type: ignore[no-untyped-def]
+    """Address of `size` bytes (a literal) of 64-byte aligned stack, reserved at function entry."""
+    if not isinstance(size, types.IntegerLiteral):
+        return None
+    count = size.literal_value
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        with builder.goto_entry_block():
+            slot = builder.alloca(ir.ArrayType(ir.IntType(8), count))
+            slot.align = 64
+        return builder.ptrtoint(slot, _I64)
+
+    return types.int64(size), codegen
+
+
+@intrinsic
+def claim(typing_context, address):  # type: ignore[no-untyped-def]
+    """Atomically take the next number from the counter at `address`."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.atomic_rmw("add", _pointer(builder, args[0], _I64), ir.Constant(_I64, 1), "acq_rel")
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def load_acquire(typing_context, address):  # type: ignore[no-untyped-def]
+    """Atomically read the int64 at `address`."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.load_atomic(_pointer(builder, args[0], _I64), "acquire", 8)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def relax(typing_context):  # type: ignore[no-untyped-def]
+    """Tell the processor that this is a spin loop."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        if builder.module.triple.startswith("x86"):
+            kind = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def yield_processor(typing_context):  # type: ignore[no-untyped-def]
+    """sched_yield(2): let another thread run."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(32), [])
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, "sched_yield"), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def call_operation(typing_context, function, args, state, tid, num_threads):  # type: ignore[no-untyped-def]
+    """Call the compiled operation at address `function`."""
+
+    def codegen(context: Any, builder: Any, sig: Any, values: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [_I64] * 4)
+        builder.call(builder.inttoptr(values[0], kind.as_pointer()), list(values[1:]))
+        return context.get_dummy_value()
+
+    return types.void(*([types.int64] * 5)), codegen
+
+
+_ROW_BYTES = ROW * 8
+_SPINS = 20000
+
+
+def _walk(ops: int, num_ops: int, state: int, barrier: int, met: int, tid: int, num_threads: int) -> None:
+    for i in range(num_ops):
+        row = ops + i * _ROW_BYTES
+        call_operation(load_i64(row, 0), row, state, tid, num_threads)
+        met += num_threads
+        claim(barrier)
+        spins = 0
+        while load_acquire(barrier) < met:
+            relax()
+            spins += 1
+            if spins > _SPINS:
+                yield_processor()
+
+
+class Program:
+    """A table of operations with their tile counters. Addresses inside stay valid while it lives."""
+
+    def __init__(self, operations: list[tuple[int, list[int]]]) -> None:
+        """operations: (address of the compiled function, its int64 arguments), in order."""
+        self.num_ops = len(operations)
+        self.table = np.zeros((max(1, self.num_ops), ROW), dtype=np.int64)
+        self.counters = np.zeros(max(1, self.num_ops) * COUNTER_STRIDE, dtype=np.int64)
+        base = self.counters.ctypes.data
+        for i, (function, args) in enumerate(operations):
+            if len(args) > ROW - ARGS:
+                raise EngineError(f"an operation has {len(args)} arguments; a row takes {ROW - ARGS}")
+            self.table[i, 0] = function
+            self.table[i, 1] = base + i * COUNTER_STRIDE * 8
+            self.table[i, ARGS : ARGS + len(args)] = args
+        self.address = self.table.ctypes.data
+
+
+class Team:
+    """`num_threads` threads, the caller's among them, that run programs together."""
+
+    def __init__(self, num_threads: int) -> None:
+        self.num_threads = num_threads
+        self._barrier = np.zeros(COUNTER_STRIDE, dtype=np.int64)
+        self._met = 0
+        self._job: tuple[int, int, int, int] | None = None
+        self._closed = False
+        signature = types.void(*([types.int64] * 7))
+        walk = compile_function("walk", _walk, signature, {"_ROW_BYTES": _ROW_BYTES, "_SPINS": _SPINS})
+        self._walk = ctypes.CFUNCTYPE(None, *([ctypes.c_int64] * 7))(walk)
+        self._starts = [threading.Semaphore(0) for _ in range(num_threads - 1)]
+        self._threads = [
+            threading.Thread(target=self._work, args=(tid, start), name=f"polybatch-{tid}", daemon=True)
+            for tid, start in enumerate(self._starts, start=1)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def run(self, program: Program, state: int, first: int = 0, last: int | None = None) -> None:
+        """Run operations first … last - 1 (all) on every thread; returns when they are done.
+
+        state: address of the step's state.
+        """
+        num_ops = (program.num_ops if last is None else last) - first
+        program.counters.fill(0)
+        job = (program.address + first * _ROW_BYTES, num_ops, state, self._met)
+        self._met += num_ops * self.num_threads
+        self._job = job
+        for start in self._starts:
+            start.release()
+        self._run_as(0, job)
+
+    def _run_as(self, tid: int, job: tuple[int, int, int, int]) -> None:
+        address, num_ops, state, met = job
+        self._walk(address, num_ops, state, self._barrier.ctypes.data, met, tid, self.num_threads)
+
+    def _work(self, tid: int, start: threading.Semaphore) -> None:
+        while True:
+            start.acquire()
+            if self._closed or self._job is None:
+                return
+            self._run_as(tid, self._job)
+
+    def close(self) -> None:
+        """End the worker threads. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            for start in self._starts:
+                start.release()
+            for thread in self._threads:
+                thread.join()

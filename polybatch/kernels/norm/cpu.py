@@ -1,0 +1,239 @@
+"""Compiled row operations: embedding, RMS norm, and the rounding of activations to 8 bits.
+
+Rows are claimed in small blocks; a row is handled by one thread in a fixed order. Buffers have rows
+padded with zeros to 64 elements, so every row is a whole number of vectors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+
+from polybatch.kernels.cpu.compile import compile_function, detect_isa
+from polybatch.kernels.cpu.emit import F32, LANES, V_F32, V_I8, V_I32, VECTOR_BYTES, Emitter, micro_kernel
+from polybatch.kernels.cpu.layout import ITEM_BYTES
+from polybatch.kernels.cpu.team import ARGS, claim, load_i32, load_i64
+
+BLOCK = 4
+"""Rows that a thread claims at once."""
+
+# Arguments after the row's own two; each operation uses those it needs.
+SRC, SRC_STRIDE, DST, DST_STRIDE, WIDTH, ROWS_INDEX, INDEX_PTR, WEIGHT, SCALES, SUMS, SUMS_STRIDE, TRUE_WIDTH, EPS, ROW_COUNT = (
+    range(ARGS, ARGS + 14)
+)  # fmt: skip
+STORE_BLOCK = 64
+"""Adapter rows that a thread claims at once."""
+
+
+def _emit_copy(dtype: str) -> Any:
+    """dst (float32) = src (dtype). Arguments: src, dst, number of vectors."""
+
+    def emit(e: Emitter, x: list[Any]) -> None:
+        src, dst, count = x
+
+        def step(i: Any, carried: list[Any]) -> list[Any]:
+            value = e.load_f32(e.add(src, e.mul(i, LANES * ITEM_BYTES[dtype])), dtype)
+            e.store(value, e.add(dst, e.mul(i, VECTOR_BYTES)), 4)
+            return carried
+
+        e.loop(count, [], step)
+
+    return emit
+
+
+def _emit_norm(dtype: str) -> Any:
+    """dst (dtype) = src / rms(src) * weight. Arguments: src, dst, weight, vectors, true width, eps bits."""
+
+    def emit(e: Emitter, x: list[Any]) -> None:
+        src, dst, weight, count, width, eps_bits = x
+
+        def square(i: Any, sums: list[Any]) -> list[Any]:
+            value = e.load(e.add(src, e.mul(i, VECTOR_BYTES)), V_F32, 4)
+            return [e.fma(value, value, sums[0])]
+
+        total = e.reduce_add(e.loop(count, [e.zeros()], square)[0])
+        mean = e.b.fdiv(total, e.b.sitofp(width, F32))
+        eps = e.b.bitcast(e.b.trunc(eps_bits, ir.IntType(32)), F32)
+        root = e.intrinsic("llvm.sqrt.f32", F32, [e.b.fadd(mean, eps)])
+        factor = e.splat(e.b.fdiv(e.f32(1.0), root))
+
+        def scale(i: Any, carried: list[Any]) -> list[Any]:
+            offset = e.mul(i, VECTOR_BYTES)
+            value = e.b.fmul(e.load(e.add(src, offset), V_F32, 4), factor)
+            value = e.b.fmul(value, e.load(e.add(weight, offset), V_F32, 4))
+            e.store_as(value, e.add(dst, e.mul(i, LANES * ITEM_BYTES[dtype])), dtype)
+            return carried
+
+        e.loop(count, [], scale)
+
+    return emit
+
+
+def _emit_quantize(dtype: str, kind: str) -> Any:
+    """Round a row to 8 bits in groups of 32, with each group's scale and sum as its weights need it.
+
+    The sum is -128 times that of the integers (int32) for int8 weights, whose stored values are 128 too
+    high, and the sum of the rounded values (float32) for int4 weights, whose minima it multiplies.
+    Arguments: src, dst, scales, sums, number of groups.
+    """
+
+    def emit(e: Emitter, x: list[Any]) -> None:
+        src, dst, scales, sums, count = x
+        b = e.b
+        item = ITEM_BYTES[dtype]
+
+        def group(i: Any, carried: list[Any]) -> list[Any]:
+            at = e.add(src, e.mul(i, 2 * LANES * item))
+            pair = [e.load_f32(e.add(at, n * LANES * item), dtype) for n in range(2)]
+            sizes = [e.intrinsic("llvm.fabs.v16f32", V_F32, [value]) for value in pair]
+            top = e.reduce_max(e.maximum(*sizes))
+            divisor = b.select(b.fcmp_ordered(">", top, e.f32(1e-30)), top, e.f32(1.0))
+            factor = e.splat(b.fdiv(e.f32(127.0), divisor))
+            scale = b.fdiv(top, e.f32(127.0))
+            e.store(scale, e.add(scales, e.mul(i, 4)), 4)
+            total = e.zeros(V_I32)
+            for n, value in enumerate(pair):
+                whole = b.fptosi(e.round(b.fmul(value, factor)), V_I32)
+                total = b.add(total, whole)
+                e.store(b.trunc(whole, V_I8), e.add(dst, e.add(e.mul(i, 2 * LANES), n * LANES)), 1)
+            row_sum = e.reduce_add(total)
+            if kind == "int8":
+                row_sum = b.mul(row_sum, ir.Constant(ir.IntType(32), -128))
+            else:
+                row_sum = b.fmul(b.sitofp(row_sum, F32), scale)
+            e.store(row_sum, e.add(sums, e.mul(i, 4)), 4)
+            return carried
+
+        e.loop(count, [], group)
+
+    return emit
+
+
+def _embed(args: int, state: int, tid: int, num_threads: int) -> None:
+    num_rows = load_i64(state, load_i64(args, ROWS_INDEX))
+    tokens = load_i64(args, INDEX_PTR)
+    src, src_stride = load_i64(args, SRC), load_i64(args, SRC_STRIDE)
+    dst, dst_stride = load_i64(args, DST), load_i64(args, DST_STRIDE)
+    vectors = load_i64(args, WIDTH) // LANES
+    while True:
+        first = claim(load_i64(args, 1)) * BLOCK
+        if first >= num_rows:
+            break
+        for t in range(first, min(first + BLOCK, num_rows)):
+            copy_row(src + load_i32(tokens, t) * src_stride, dst + t * dst_stride, vectors)
+
+
+def _norm(args: int, state: int, tid: int, num_threads: int) -> None:
+    num_rows = load_i64(state, load_i64(args, ROWS_INDEX))
+    rows = load_i64(args, INDEX_PTR)
+    src, src_stride = load_i64(args, SRC), load_i64(args, SRC_STRIDE)
+    dst, dst_stride = load_i64(args, DST), load_i64(args, DST_STRIDE)
+    vectors, width = load_i64(args, WIDTH) // LANES, load_i64(args, TRUE_WIDTH)
+    weight, eps = load_i64(args, WEIGHT), load_i64(args, EPS)
+    while True:
+        first = claim(load_i64(args, 1)) * BLOCK
+        if first >= num_rows:
+            break
+        for t in range(first, min(first + BLOCK, num_rows)):
+            row = t
+            if rows != 0:
+                row = load_i32(rows, t)
+            norm_row(src + row * src_stride, dst + t * dst_stride, weight, vectors, width, eps)
+
+
+def _quantize(args: int, state: int, tid: int, num_threads: int) -> None:
+    num_rows = load_i64(state, load_i64(args, ROWS_INDEX))
+    src, src_stride = load_i64(args, SRC), load_i64(args, SRC_STRIDE)
+    dst, dst_stride = load_i64(args, DST), load_i64(args, DST_STRIDE)
+    scales, sums, sums_stride = load_i64(args, SCALES), load_i64(args, SUMS), load_i64(args, SUMS_STRIDE)
+    groups = load_i64(args, WIDTH) // (2 * LANES)
+    while True:
+        first = claim(load_i64(args, 1)) * BLOCK
+        if first >= num_rows:
+            break
+        for t in range(first, min(first + BLOCK, num_rows)):
+            quantize_row(src + t * src_stride, dst + t * dst_stride, scales + t * sums_stride,
+                         sums + t * sums_stride, groups)  # fmt: skip
+
+
+def _store_rows(args: int, state: int, tid: int, num_threads: int) -> None:
+    num_rows = load_i64(args, ROW_COUNT)
+    src, dst, widths = load_i64(args, SRC), load_i64(args, DST), load_i64(args, WIDTH)
+    while True:
+        first = claim(load_i64(args, 1)) * STORE_BLOCK
+        if first >= num_rows:
+            break
+        for t in range(first, min(first + STORE_BLOCK, num_rows)):
+            width = load_i64(widths, t)
+            store_row(load_i64(src, t), load_i64(dst, t), width // STEP, width % STEP)
+
+
+def _emit_store(dtype: str) -> Any:
+    """dst (dtype) = src (float32), a tail of fewer than 64 bytes filled up with zeros.
+
+    Arguments: src, dst, whole steps of 64 bytes of dst, elements left.
+    """
+    vectors = VECTOR_BYTES // (LANES * ITEM_BYTES[dtype])
+
+    def emit(e: Emitter, x: list[Any]) -> None:
+        src, dst, steps, left = x
+
+        def step(i: Any, carried: list[Any]) -> list[Any]:
+            for n in range(vectors):
+                value = e.load(
+                    e.add(src, e.add(e.mul(i, VECTOR_BYTES * vectors), n * VECTOR_BYTES)), V_F32, 4
+                )
+                at = e.add(dst, e.add(e.mul(i, VECTOR_BYTES), n * LANES * ITEM_BYTES[dtype]))
+                e.store_as(value, at, dtype)
+            return carried
+
+        e.loop(steps, [], step)
+        with e.b.if_then(e.b.icmp_signed(">", left, e.i64(0))):
+            at = e.add(dst, e.mul(steps, VECTOR_BYTES))
+            for n in range(vectors):
+                e.store_as(e.zeros(), e.add(at, n * LANES * ITEM_BYTES[dtype]), dtype)
+            tail = e.add(src, e.mul(steps, VECTOR_BYTES * vectors))
+
+            def one(i: Any, carried: list[Any]) -> list[Any]:
+                bits = e.load(e.add(tail, e.mul(i, 4)), F32, 4)
+                value = e.splat(bits)
+                if dtype == "float32":
+                    e.store(bits, e.add(at, e.mul(i, 4)), 4)
+                else:
+                    half = e.b.extract_element(e.f32_to_bf16(value), ir.Constant(ir.IntType(32), 0))
+                    e.store(half, e.add(at, e.mul(i, 2)), 2)
+                return carried
+
+            e.loop(left, [], one)
+
+    return emit
+
+
+_CONSTANTS = {"BLOCK": BLOCK, "LANES": LANES}
+
+
+def compile_embed(dtype: str, isa: str | None = None) -> int:
+    """x[t] (float32) = table[tokens[t]] (dtype)."""
+    micro = micro_kernel(3, _emit_copy(dtype), isa or detect_isa())
+    return compile_function(f"embed-{dtype}", _embed, bindings={**_CONSTANTS, "copy_row": micro}, isa=isa)
+
+
+def compile_norm(dtype: str, isa: str | None = None) -> int:
+    """a[t] (dtype) = rms_norm(x[rows[t]], weight); rows 0 stands for all in order."""
+    micro = micro_kernel(6, _emit_norm(dtype), isa or detect_isa())
+    return compile_function(f"norm-{dtype}", _norm, bindings={**_CONSTANTS, "norm_row": micro}, isa=isa)
+
+
+def compile_quantize(dtype: str, kind: str, isa: str | None = None) -> int:
+    """Rows of `dtype` rounded for int8 or int4 weights, by the formula of `quantize_activations`."""
+    micro = micro_kernel(5, _emit_quantize(dtype, kind), isa or detect_isa())
+    bindings = {**_CONSTANTS, "quantize_row": micro}
+    return compile_function(f"quantize-{dtype}-{kind}", _quantize, bindings=bindings, isa=isa)
+
+
+def compile_store_rows(dtype: str, isa: str | None = None) -> int:
+    """Rows of float32 at addresses SRC[i], WIDTH[i] elements long, to DST[i] as dtype, ROW_COUNT of them."""
+    micro = micro_kernel(4, _emit_store(dtype), isa or detect_isa())
+    bindings = {"store_row": micro, "STEP": VECTOR_BYTES // ITEM_BYTES[dtype], "STORE_BLOCK": STORE_BLOCK}
+    return compile_function(f"store_rows-{dtype}", _store_rows, bindings=bindings, isa=isa)
