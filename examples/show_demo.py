@@ -33,11 +33,10 @@ def shorten(text: str, length: int) -> str:
 
 
 def main(requests_path: Path, answers_path: Path) -> None:
-    bodies = {}
+    bodies, pairs = {}, defaultdict(list)
     for line in requests_path.read_text().splitlines():
         request = json.loads(line)
         bodies[request["custom_id"]] = request["body"]
-    pairs = defaultdict(list)
     for line in answers_path.read_text().splitlines():
         row = json.loads(line)
         body = bodies[row["custom_id"]]
@@ -46,8 +45,7 @@ def main(requests_path: Path, answers_path: Path) -> None:
     table.add_column("model or adapter", style="bold", no_wrap=True)
     table.add_column("asked", ratio=2)
     table.add_column("answered", ratio=3)
-    # The base model first: what it says shows what the adapters change.
-    for name in sorted(pairs, key=lambda name: (len(name) < 20, name)):
+    for name in dict.fromkeys(body["model"] for body in bodies.values()):
         for asked, answered in sorted(pairs[name])[:ANSWERS_PER_MODEL]:
             table.add_row(name, shorten(asked, 160), shorten(answered, 240))
     Console().print(table)

@@ -1,0 +1,70 @@
+"""The README's commands and snippets run as written.
+
+A comment before a block says what it needs: `test: stub` nothing, `test: model` the demo's model.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from polybatch.models.builtin import builtin_path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"<!-- test: (\w+) -->\n```(\w+)\n(.*?)```", README, re.DOTALL)
+
+
+def run_block(language: str, code: str, folder: Path) -> str:
+    """Run a block where its relative paths mean what they mean in the checkout."""
+    (folder / "examples").symlink_to(ROOT / "examples")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = ["bash", "-euo", "pipefail", "-c", code] if language == "sh" else [sys.executable, "-c", code]
+    result = subprocess.run(
+        command, cwd=folder, env=os.environ | {"PATH": path}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize(
+    ("language", "code"), [(lang, code) for needs, lang, code in BLOCKS if needs == "stub"]
+)
+def test_blocks_that_need_no_model_run(tmp_path: Path, language: str, code: str) -> None:
+    run_block(language, code, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not builtin_path("smollm2-135m-instruct").exists(), reason="the model is not downloaded")
+@pytest.mark.parametrize(
+    ("language", "code"), [(lang, code) for needs, lang, code in BLOCKS if needs == "model"]
+)
+def test_blocks_that_need_the_model_run(tmp_path: Path, language: str, code: str) -> None:
+    run_block(language, code, tmp_path)
+
+
+def test_both_kinds_of_blocks_are_found() -> None:
+    assert {needs for needs, _, _ in BLOCKS} == {"stub", "model"}
+
+
+def test_every_file_that_the_readme_links_to_exists() -> None:
+    missing = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not (ROOT / link).exists()]
+    assert missing == []
+
+
+def test_every_command_of_the_readme_exists() -> None:
+    from polybatch.cli.main import app
+
+    known = {command.name for command in app.registered_commands}
+    assert set(re.findall(r"(?:^|`|\| )polybatch ([a-z]+)", README, re.MULTILINE)) <= known
+
+
+def test_every_make_target_of_the_readme_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"make ([a-z-]+)", README)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
