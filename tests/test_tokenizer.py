@@ -22,7 +22,7 @@ STRINGS = [
     " leading and trailing ",
     "a\u00a0b\u200bc\ttab\x00nul \r\n\n\n   spaces",
     "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
-    "<|endoftext|><think｜> text<|im_end",
+    "<|endoftext|><think\uff5c> text<|im_end",
     "I'm, you're, WE'LL; 3.14 1,000,000 ½ ² Ⅷ ٣",
     "👩‍👩‍👧‍👦🏳️‍🌈 é e\u0301 ﬁ",
 ]
@@ -45,7 +45,7 @@ def test_a_saved_tokenizer_encodes_and_decodes_as_transformers_does(tmp_path: Pa
     assert ours.bos_token_id == theirs.bos_token_id
     assert ours.vocab_size == len(theirs)
     assert {ours.eos_token_id, ours.bos_token_id} <= ours.all_special_ids
-    assert ours.backend.token_to_id("<think｜>") not in ours.all_special_ids
+    assert ours.backend.token_to_id("<think\uff5c>") not in ours.all_special_ids
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def byte_level_json() -> str:
         show_progress=False,
     )
     backend.train_from_iterator(TEXTS, trainer)
-    backend.add_tokens([AddedToken("<think｜>", normalized=False)])
+    backend.add_tokens([AddedToken("<think\uff5c>", normalized=False)])
     return backend.to_str()
 
 
