@@ -22,8 +22,9 @@ from polybatch.sampling.logprobs import TokenLogprobs, gather_logprobs
 from polybatch.sampling.random import uniforms
 from polybatch.sampling.state import SamplingState
 
-FIRST_CANDIDATES = 128
-"""Nucleus rows look at so many tokens first and sort the vocabulary only if those do not suffice."""
+FIRST_CANDIDATES = 32
+MORE_CANDIDATES = 256
+"""Nucleus rows look at so few tokens first, then at more, and sort the vocabulary only if they must."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,5 +168,6 @@ def _draw_truncated(work: Tensor, numbers: Tensor, states: list[SamplingState], 
     if size < vocab and not bool(covered.all()):
         missing = (~covered[:, 0]).nonzero()[:, 0]
         some = [states[i] for i in missing.tolist()]
-        tokens[missing] = _draw_truncated(work[missing], numbers[missing], some, vocab)
+        more = MORE_CANDIDATES if size < MORE_CANDIDATES < vocab else vocab
+        tokens[missing] = _draw_truncated(work[missing], numbers[missing], some, more)
     return tokens
