@@ -3,7 +3,7 @@
 The file is mapped, never copied. Every count, length and offset is checked against the bytes that
 are there before it is used, because a checkpoint is somebody else's data: a truncated or hostile
 file ends in a ModelError, not in a crash or in gigabytes of memory. The `gguf` package's own reader
-makes three array views per vocabulary entry, which takes seconds; its dequantisation is used as is.
+makes three array views per vocabulary entry, which takes seconds.
 Source: the GGUF specification, versions 2 and 3, little-endian.
 """
 
@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
 
 from polybatch.errors import ModelError
+from polybatch.models.gguf_blocks import dequantise_blocks
 
 MAGIC = b"GGUF"
 SUPPORTED_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
@@ -120,10 +119,9 @@ class GgufFile:
             count = math.prod(tensor.shape)
             flat = torch.frombuffer(self._map, dtype=dtype, count=count, offset=tensor.offset)
             return flat.reshape(tensor.shape)
-        blocks = np.frombuffer(self._map, np.uint8, tensor.num_bytes, tensor.offset)
+        blocks = torch.frombuffer(self._map, dtype=torch.uint8, count=tensor.num_bytes, offset=tensor.offset)
         rows = blocks.reshape(math.prod(tensor.shape[:-1]), -1)
-        values = dequantize(rows, GGMLQuantizationType[tensor.type_name])
-        return torch.from_numpy(np.ascontiguousarray(values, np.float32)).reshape(tensor.shape)
+        return dequantise_blocks(rows, tensor.type_name).reshape(tensor.shape)
 
     def check_type(self, tensor: GgufTensor) -> None:
         """Raise ModelError where the tensor's type cannot be read."""

@@ -44,8 +44,11 @@ def write_every_type(path: Path) -> Path:
         kind = GGMLQuantizationType[name]
         block, block_bytes = GGML_QUANT_SIZES[kind]
         row = 512 // block * block_bytes
-        # Bytes below 60 keep every 16-bit and 32-bit float finite.
-        blocks = random.integers(0, 60, (2, 3, row), dtype=np.uint8)
+        blocks = random.integers(0, 256, (2, 3, row // block_bytes, block_bytes), dtype=np.uint8)
+        # Scales lie in the first or last four bytes; below 60, every float made of them is finite.
+        narrow = slice(None) if block == 1 else [0, 1, 2, 3, -2, -1]
+        blocks[..., narrow] %= 60
+        blocks = blocks.reshape(2, 3, row)
         if name == "F32":
             writer.add_tensor(name, blocks.view(np.float32))
         elif name == "F16":
