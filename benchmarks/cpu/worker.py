@@ -1,7 +1,7 @@
 """The process that holds one engine: reads one JSON command a line from stdin, answers one a line on stdout.
 
     {"op": "load", "kind": "vllm", "config": {...}}     -> {"version": ..., "load_s": ...}
-    {"op": "stream", "requests": [request]}             -> {"total_s": ..., "tokens": [[...]], "stamps": [...]}
+    {"op": "stream", "requests": [request]}             -> {"total_s": ..., "tokens": [...], "stamps": [...]}
     {"op": "batch", "requests": [...], "prime": false}  -> {"total_s": ..., "tokens": [...], "stamps": []}
     {"op": "close"}
 

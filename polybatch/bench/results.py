@@ -67,8 +67,8 @@ def record(
             min(len(lengths), len(wanted)),
         )
         raise EngineError(
-            f"{workload.name}: the engine gave {len(lengths)} outputs for {len(wanted)} requests; request {wrong} "
-            "is the first whose output has not exactly the forced number of tokens"
+            f"{workload.name}: the engine gave {len(lengths)} outputs for {len(wanted)} requests; "
+            f"request {wrong} is the first whose output has not exactly the forced number of tokens"
         )
     ttft_ms = decode_tok_s = None
     if workload.is_stream:
@@ -147,6 +147,8 @@ def portable_command(arguments: Sequence[str]) -> str:
 
 def _portable(argument: str) -> str:
     head, sep, value = argument.rpartition("=")
+    if argument.startswith("@"):
+        head, sep, value = "", "@", argument[1:]
     return f"{head}{sep}{os.path.basename(value.rstrip('/'))}" if value.startswith("/") else argument
 
 
@@ -193,7 +195,9 @@ HEADER = (
 
 def table(content: Mapping[str, object]) -> Table:
     """The results of a document for the terminal."""
-    shown = Table(*HEADER)
+    shown = Table()
+    for title in HEADER:
+        shown.add_column(title, no_wrap=title in ("workload", "engine"))
     listed = content["results"]
     assert isinstance(listed, list)
     for row in rows(listed):

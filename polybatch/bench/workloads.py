@@ -108,7 +108,7 @@ def make(
 
     run: index that the token ids depend on, and nothing else does.
     vocab_size: token ids stay below it; the lowest, where special tokens usually are, are left out.
-    num_requests: fewer (or more) requests than the workload's own number, for trials.
+    num_requests: fewer (or more) requests than the workload's own number, for trials; a stream stays one.
     Raises ConfigError for an unknown name.
     """
     shape = _SHAPES.get(name)
@@ -117,7 +117,7 @@ def make(
     lengths = random.Random(0)
     tokens = random.Random(1000 + run)
     low, high = min(100, vocab_size // 2), min(49000, vocab_size)
-    count = shape.num_requests if num_requests is None else num_requests
+    count = shape.num_requests if num_requests is None or shape.is_stream else num_requests
 
     def draw(length: int) -> tuple[int, ...]:
         return tuple(tokens.randrange(low, high) for _ in range(length))

@@ -84,8 +84,10 @@ class Engine:
             "stream": stream,
         }
         if self.adapter_ids:
+            # An empty list means every adapter at once; one at scale 0 means none.
             name = request["adapter"]
-            body["lora"] = [] if name is None else [{"id": self.adapter_ids[name], "scale": 1.0}]
+            used = {"id": 0, "scale": 0.0} if name is None else {"id": self.adapter_ids[name], "scale": 1.0}
+            body["lora"] = [used]
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=1800)
         connection.request("POST", "/completion", json.dumps(body), {"Content-Type": "application/json"})
         return connection.getresponse()
