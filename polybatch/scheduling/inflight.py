@@ -49,7 +49,7 @@ class PrefixesInFlight:
         if track.namespace is None or end >= len(tokens):
             return False
         owner = self._owner.get((match.node or track.namespace, tuple(tokens[start:end])))
-        if owner is None or owner.seq.num_computed >= end:
+        if owner is None:
             return False
         while end + self._page_size < len(tokens):
             if tokens[end : end + self._page_size] != owner.seq.tokens[end : end + self._page_size]:

@@ -8,8 +8,9 @@ prefix tree, where its pages stay until they are needed).
 Why every accepted request finishes: the first in order is never preempted by another, always gets its
 decode or the first share of the prefill budget, and fits the pool alone (checked at the door).
 
-No torch, no threads, no clock: time is an argument. `plan` and `commit` alternate; `abort` and `finish` may
-come in between, and what they end is left out of the commit.
+No torch, no threads, no clock: time is an argument. `plan` and `commit` alternate. `abort` and `finish`
+may come at any moment except while an executor still reads the pages of a plan's sequences; what they
+end is left out of the commit. A plan that could not be carried out goes to `discard` instead.
 Source: Sarathi-Serve (Agrawal et al. 2024) for the step, vLLM (Kwon et al. 2023) for recomputation.
 """
 

@@ -126,6 +126,28 @@ def test_eviction_never_frees_a_shared_page() -> None:
     assert pool.num_free == 32
 
 
+def test_a_leaf_that_is_shared_again_stays_in_the_tree() -> None:
+    pool, tree = make()
+    pages = cache(pool, tree, "base", list(range(8)))
+    for page in pages:
+        pool.share(page)
+    assert tree.oldest() is None
+    assert not tree.evict()
+    assert tree.match("base", list(range(9))).pages == tuple(pages)
+
+
+def test_a_shared_page_never_hangs_below_pages_that_nobody_holds() -> None:
+    pool, tree = make()
+    cache(pool, tree, "base", list(range(4)))
+    pages = pool.allocate(2)
+    assert pages is not None
+    pool.share(pages[1])
+    tree.insert("base", list(range(8)), 8, pages, is_leaving=True)
+    tree.release(pages)
+    tree.check()
+    assert len(tree.match("base", list(range(9))).pages) == 1
+
+
 def test_dropping_a_namespace_leaves_pages_to_those_who_hold_them() -> None:
     pool, tree = make()
     pages = cache(pool, tree, "fork", list(range(8)))

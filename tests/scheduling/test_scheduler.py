@@ -136,6 +136,41 @@ def test_a_finished_sequences_pages_serve_the_next_turn() -> None:
     assert driver.scheduler.stats().num_prefix_query_tokens == 29
 
 
+def test_a_page_that_is_copied_from_is_not_overwritten_by_a_load_of_the_same_plan() -> None:
+    driver = Driver(SchedulerConfig(), pool_of(11))
+    for index in range(2):
+        driver.add(request_of(f"warm-{index}", [index + 1] * 3, 1))
+        driver.run()
+    driver.plans.clear()
+    for index in range(2):
+        driver.add(request_of(f"copy-{index}", [index + 1, index + 1, 9], 3))
+    # Fits only if the two sources, which nobody shares, count as room.
+    driver.add(request_of("load", [8] * 4, 1, adapter=adapter_of("big", 7)))
+    driver.step()
+    assert len(driver.plans[0].copies) == 2
+    assert driver.plans[0].loads == ()
+    driver.run()
+
+
+def test_nothing_of_a_plan_that_failed_is_ever_read() -> None:
+    driver = Driver(SchedulerConfig(), pool_of(32))
+    driver.add(request_of("warm", [1, 2, 3], 1))
+    driver.run()
+    driver.add(request_of("aborted", [1, 2, 9], 3))
+    driver.add(request_of("failed", [5] * 9, 3, adapter=adapter_of("sql", 2)))
+    plan = driver.plan()
+    assert plan is not None
+    assert len(plan.copies) == len(plan.loads) == 1
+    driver.abort("aborted")
+    assert [seq.request.request_id for seq in driver.scheduler.discard(plan)] == ["failed"]
+    driver.forget_ended()
+    driver.scheduler.check()
+    driver.add(request_of("aborted", [1, 2, 9, 9], 3))
+    driver.add(request_of("failed", [5] * 9, 3, adapter=adapter_of("sql", 2)))
+    driver.run()
+    assert driver.scheduler.stats().num_adapter_loads == 2
+
+
 def test_requests_of_one_prefix_that_arrive_together_compute_it_once() -> None:
     driver = Driver(SchedulerConfig(max_num_batched_tokens=64), pool_of(128))
     for index in range(8):
