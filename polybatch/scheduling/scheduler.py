@@ -226,7 +226,9 @@ class Scheduler:
         assert len(running) + len(self._waiting) + num_parked == len(self._track_of)
         assert sum(map(len, self._live.values())) == len(self._track_of)
         assert running == sorted(running, key=_KEY)
-        assert all(track in running for track in self._inflight.tracks)
+        for track in self._inflight.tracks:
+            assert track in running, f"{track.seq!r} does not run"
+            assert track.seq.num_uncomputed > 1, f"{track.seq!r} would hold others back while it decodes"
         assert len(running) <= self._config.max_num_seqs
         for track in self._track_of.values():
             seq = track.seq
