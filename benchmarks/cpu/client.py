@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -140,4 +141,6 @@ class WorkerProcess:
                 self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
-                pipe.close()
+                # A process that is gone leaves what it was sent unread.
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()

@@ -1,14 +1,14 @@
 """What low precision costs in quality: perplexity on GSM8K texts, against transformers in float32.
 
-    python -m benchmarks.cpu.perplexity --model smollm2-135m-instruct --reference HF_FOLDER \\
+    python -m benchmarks.cpu.perplexity --model smollm2-135m-instruct --reference MODEL.gguf \\
         --out benchmarks/results/cpu/perplexity.json
 
 A text is a question, a line break and its worked answer. Perplexity is the exponential of the mean negative
 log-probability over all tokens but each text's first, all texts together. Low precisions are measured
 against bfloat16 of the same checkpoint, dequantised where it comes quantised.
 
-Without --data the texts are looked for in `shared/data` beside the checkout. --reference is optional: a
-Hugging Face folder of the same weights, for transformers.
+Without --data the texts are looked for in `shared/data` beside the checkout. --reference is optional: the
+same weights for transformers, as a Hugging Face folder or a GGUF file.
 """
 
 from __future__ import annotations
@@ -76,14 +76,15 @@ def score_polybatch(llm: LLM, name: str, texts: Sequence[Sequence[int]]) -> Scor
     return Score(f"polybatch:{name}", total, count, round(time.perf_counter() - start, 1))
 
 
-def score_transformers(folder: str, texts: Sequence[Sequence[int]], threads: int) -> Score:
+def score_transformers(reference: str, texts: Sequence[Sequence[int]], threads: int) -> Score:
     """The reference: one text at a time in float32."""
     import torch
-    import transformers
+
+    from benchmarks.cpu.prepare import load_transformers
 
     torch.set_num_threads(threads)
     start = time.perf_counter()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = load_transformers(Path(reference), torch.float32)
     total, count = 0.0, 0
     with torch.inference_mode():
         for text in texts:
@@ -116,7 +117,7 @@ def show(scores: Sequence[Score]) -> None:
         for base in ("transformers:float32", "polybatch:bfloat16"):
             row.append(f"{100 * (score.perplexity / by_name[base] - 1):+.2f} %" if base in by_name else "-")
         table.add_row(*row, f"{score.seconds:.0f}")
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else results.PLAIN_WIDTH).print(table)
 
 
 def main() -> None:
@@ -126,7 +127,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--reference", help="Hugging Face folder of the same weights")
+    parser.add_argument("--reference", help="GGUF file or Hugging Face folder of the same weights")
     parser.add_argument("--precisions", default=",".join(PRECISIONS))
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA)
     parser.add_argument("--texts", type=int, default=200)

@@ -41,17 +41,25 @@ FILE_TYPES = {
 VOCABULARY_TENSORS = ("token_embd.weight", "output.weight")
 
 
+def load_transformers(model: Path, dtype: torch.dtype) -> Any:
+    """A transformers model from a Hugging Face folder, or from a GGUF file, dequantised."""
+    import transformers
+
+    arguments: dict[str, Any] = {"dtype": dtype}
+    if model.is_dir():
+        return transformers.AutoModelForCausalLM.from_pretrained(model, **arguments).eval()
+    arguments["gguf_file"] = model.name
+    if hasattr(transformers, "GgufConfig"):
+        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    return transformers.AutoModelForCausalLM.from_pretrained(model.parent, **arguments).eval()
+
+
 def write_hf(model: Path, out: Path) -> None:
     """Dequantise a GGUF file into a bfloat16 Hugging Face folder with its tokenizer."""
     import transformers
 
-    arguments: dict[str, Any] = {"gguf_file": model.name}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model.parent, **arguments)
-    if hasattr(transformers, "GgufConfig"):
-        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(
-        model.parent, dtype=torch.bfloat16, **arguments
-    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model.parent, gguf_file=model.name)
+    loaded = load_transformers(model, torch.bfloat16)
     # The weights are plain now; a saved quantisation would make readers unpack them again.
     if hasattr(loaded.config, "quantization_config"):
         del loaded.config.quantization_config

@@ -201,7 +201,7 @@ def main() -> None:
             skipped=benchmark.skipped,
         )
         results.write(arguments.out, content)
-    Console().print(results.table(content))
+    results.show(content)
     print(json.dumps({"out": arguments.out.name, "medians": _summary(benchmark.results)}))
     # Coarse quantisation may cost another engine the answer; ours has to be right.
     wrong = [r for r in benchmark.results if r.sane is False and r.engine.startswith("polybatch")]

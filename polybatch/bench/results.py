@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from rich.console import Console
 from rich.table import Table
 
 from polybatch.bench.meter import CpuUse, Idleness, Machine
@@ -21,6 +23,7 @@ from polybatch.bench.workloads import Workload
 from polybatch.errors import EngineError
 
 FORMAT = 1
+PLAIN_WIDTH = 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,16 +196,14 @@ HEADER = (
 )
 
 
-def table(content: Mapping[str, object]) -> Table:
-    """The results of a document for the terminal."""
-    shown = Table()
-    for title in HEADER:
-        shown.add_column(title, no_wrap=title in ("workload", "engine"))
+def show(content: Mapping[str, object]) -> None:
+    """Print the results of a document as a table, whole even where stdout is no terminal."""
+    shown = Table(*HEADER)
     listed = content["results"]
     assert isinstance(listed, list)
     for row in rows(listed):
         shown.add_row(*row)
-    return shown
+    Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(shown)
 
 
 def rows(results: Sequence[Mapping[str, object]]) -> list[tuple[str, ...]]:

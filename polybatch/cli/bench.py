@@ -104,7 +104,7 @@ def _run(
     )
     if out is not None:
         results.write(out, content)
-    Console().print(results.table(content))
+    results.show(content)
 
 
 def _load(engine: EngineOptions, spec: ModelSpec, workload: Workload) -> LLM:
