@@ -291,7 +291,7 @@ class Driver:
         return logits
 
     def run(self, seqs: SequenceOf[Sequence], schedule: SequenceOf[SequenceOf[int]]) -> list[torch.Tensor]:
-        """Run steps until all is computed; returns the logits of every token, per sequence.
+        """Run steps until all is computed and released; returns the logits of every token, per sequence.
 
         schedule: per step how many tokens each sequence gets, at most what it still lacks; when the
         schedule ends, the rest of every sequence runs in one step.
@@ -307,6 +307,8 @@ class Driver:
                 logits = self.step([(seqs[i], count) for i, count in chunks])
                 for (i, _), part in zip(chunks, logits.split([count for _, count in chunks]), strict=True):
                     parts[i].append(part)
+        for seq in seqs:
+            self.executor.release(seq)
         return [torch.cat(part) for part in parts]
 
 

@@ -14,7 +14,7 @@ import torch
 
 from polybatch.adapters.weights import AdapterWeights, VocabularyDelta
 from polybatch.config import DTYPES, QUANTIZATIONS, ModelSpec, PoolSpec
-from polybatch.errors import ConfigError
+from polybatch.errors import ConfigError, EngineError
 from polybatch.execution.cpu_adapters import CpuAdapters, cpu_shapes
 from polybatch.execution.cpu_program import CpuProgram, Precision, StepAddresses
 from polybatch.execution.cpu_step import StepArrays
@@ -117,6 +117,8 @@ class CpuExecutor:
         used = {c.seq.adapter.digest for c in plan.chunks if c.seq.adapter is not None}
         tables = {}
         for digest in used:
+            if digest not in plan.resident:
+                raise EngineError(f"the plan uses adapter {digest[:12]}, which is not resident")
             placed = self._adapters.table(adapters[digest], plan.resident[digest])
             self._program.reserve_ranks(placed.num_ranks)
             tables[digest] = placed.table.ctypes.data

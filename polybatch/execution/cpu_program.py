@@ -300,10 +300,13 @@ class CpuProgram:
             self._norm_op(w.post_attention_norm, self.a, NUM_TOKENS, 0),
         )
 
-        def shrink(src: int, width: int, first: int, count: int) -> Operation:
+        def shrink(src: int, width: int, inputs: int, first: int, count: int) -> Operation:
+            # an adapter's row is filled up with zeros to a cache line; what follows is anybody's
             return (self._shrink, [
-                src, width * item, padded(width, 32), step.segments, step.adapter_tables, i, first, count, 0, 0])  # fmt: skip
+                src, width * item, padded(inputs, 64 // item), step.segments, step.adapter_tables, i, first, count,
+                0, 0])  # fmt: skip
 
+        heads = spec.num_heads * self.head_stride
         versions = []
         for has in (True, False):
 
@@ -312,15 +315,15 @@ class CpuProgram:
                 return self._linear_ops(packed, end, src, width, out, stride, NUM_TOKENS, i, has)
 
             ops = [norms[0]]
-            ops += [shrink(self.a, self.hidden, 0, 3)] * has
+            ops += [shrink(self.a, self.hidden, spec.hidden_size, 0, 3)] * has
             ops += linear(qkv, STORE, self.a, self.hidden, self.qkv, qkv_stride)
             ops += [write, attend]
-            ops += [shrink(self.attention, self.attention_width, 3, 1)] * has
+            ops += [shrink(self.attention, self.attention_width, heads, 3, 1)] * has
             ops += linear(o, ADD, self.attention, self.attention_width, self.x, self.hidden * 4)
             ops += [norms[1]]
-            ops += [shrink(self.a, self.hidden, 4, 2)] * has
+            ops += [shrink(self.a, self.hidden, spec.hidden_size, 4, 2)] * has
             ops += linear(gate_up, SILU_MUL, self.a, self.hidden, self.act, self.ff_width * item)
-            ops += [shrink(self.act, self.ff_width, 6, 1)] * has
+            ops += [shrink(self.act, self.ff_width, spec.intermediate_size, 6, 1)] * has
             ops += linear(down, ADD, self.act, self.ff_width, self.x, self.hidden * 4)
             versions.append(ops)
         return versions[0], versions[1]

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import logging
 import os
+import re
 import time
 import types as python_types
 from collections.abc import Callable
@@ -56,12 +57,16 @@ def cache_root() -> Path:
 _compiled: dict[str, Any] = {}
 
 
-def rebind(function: Callable[..., Any], bindings: dict[str, Any]) -> Any:
-    """The same code with `bindings` in place of globals of those names: one variant of a kernel."""
+def rebind(function: Callable[..., Any], bindings: dict[str, Any], variant: str) -> Any:
+    """The same code with `bindings` in place of globals of those names: one variant of a kernel.
+
+    The variant's name becomes part of the compiled symbol. Without it, code loaded from the cache and
+    code compiled now can carry equal symbols, and the linker would silently join one to the other.
+    """
     bound = python_types.FunctionType(
         function.__code__, {**function.__globals__, **bindings}, function.__name__
     )
-    bound.__qualname__ = function.__name__
+    bound.__qualname__ = f"{function.__name__}_{re.sub('[^0-9a-zA-Z]', '_', variant)}"
     bound.__module__ = function.__module__
     return bound
 
@@ -83,7 +88,7 @@ def compile_function(
     if key not in _compiled:
         # No closures: numba hashes closure cells into its index, and emitted kernels hash anew in
         # every process. Globals are not hashed; the folder's name stands for them.
-        bound = rebind(function, bindings or {})
+        bound = rebind(function, bindings or {}, key)
         folder = cache_root() / f"{_source_digest()}-{isa}" / name
         started = time.perf_counter()
         previous = numba_config.CACHE_DIR

@@ -7,14 +7,14 @@ Contract, for every variant:
 
     int8_linear(x, weight: Int8Weight) -> [T, out], dtype of x
         Weights: symmetric, one scale per output channel. Activations: rounded at run time,
-        symmetric, one scale per token (`quantize_activations`).
-            y[t, o] = x_scale[t] * scale[o] * sum_i xq[t, i] * q[o, i]
+        symmetric, one scale per token and group of 32 inputs (`quantize_activations`).
+            y[t, o] = scale[o] * sum_g x_scale[t, g] * sum_i xq[t, i] * q[o, i]
+        where i runs over the inputs of group g.
 
     int4_linear(x, weight: Int4Weight) -> [T, out], dtype of x
         Weights: 16 levels between the minimum and the maximum of each group of consecutive inputs.
         Activations as for int8.
-            y[t, o] = x_scale[t] * sum_g (scale[o, g] * sum_i xq[t, i] * q[o, i] + min[o, g] * sum_i xq[t, i])
-        where i runs over the inputs of group g.
+            y[t, o] = sum_g x_scale[t, g] * (scale[o, g] * sum_i xq[t, i] * q[o, i] + min[o, g] * sum_i xq[t, i])
 
 The sums over integers are exact, so a variant differs from the reference only where it adds the
 groups' floats in another order. The quantisers are shared by all variants; only packing is theirs.

@@ -385,6 +385,8 @@ def _emit_rowwise(end: int, dtype: str) -> Any:
 
 def _run(args: int, state: int, tid: int, num_threads: int) -> None:
     num_rows = load_i64(state, load_i64(args, ROWS_INDEX))
+    if num_rows == 0:
+        return
     num_panels = load_i64(args, NUM_PANELS)
     # Panels are the unit of work; few panels are cut along the rows to keep threads level.
     block = num_rows
@@ -521,6 +523,7 @@ def compile_linear(kind: str, end: int, out_dtype: str, delta_dtype: str, isa: s
     out_dtype: of SILU_MUL's product; the other ends write float32. delta_dtype: of adapter rows.
     """
     isa = isa or detect_isa()
+    variant = f"linear-{kind}-{end}-{out_dtype}-{delta_dtype}"
     halves = 2 if end == SILU_MUL else 1
     half_columns = COLUMNS // halves
     bindings: dict[str, Any] = {}
@@ -548,7 +551,5 @@ def compile_linear(kind: str, end: int, out_dtype: str, delta_dtype: str, isa: s
         "MAX_BLOCK": 96,
     }
     for name, function in (("tile_of", tile), ("expand_rows", _expand_rows), ("finish_half", _finish_half)):
-        bindings[name] = numba.njit(rebind(function, bindings))
-    return compile_function(
-        f"linear-{kind}-{end}-{out_dtype}-{delta_dtype}", _run, bindings=bindings, isa=isa
-    )
+        bindings[name] = numba.njit(rebind(function, bindings, f"{variant}-{isa}"))
+    return compile_function(variant, _run, bindings=bindings, isa=isa)

@@ -14,6 +14,8 @@ from polybatch.errors import ConfigError
 INT8_MAX = 127
 INT4_LEVELS = 16
 SMALLEST = 1e-30
+GROUP = 32
+"""Consecutive inputs that share a scale: of activations always, of weights in int4."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ def quantize_int8(weight: torch.Tensor) -> Int8Weight:
     return Int8Weight(values, scales)
 
 
-def quantize_int4(weight: torch.Tensor, group: int = 32) -> Int4Weight:
+def quantize_int4(weight: torch.Tensor, group: int = GROUP) -> Int4Weight:
     """Round weight: [out, in], any float dtype, to 16 levels from minimum to maximum of each group.
 
     Weights that already lie on 16 even levels of which each group uses both ends are recovered, but for
@@ -76,15 +78,17 @@ def dequantize(weight: Int8Weight | Int4Weight) -> torch.Tensor:
     return (grouped * weight.scales[..., None] + weight.mins[..., None]).flatten(1)
 
 
-def quantize_activations(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round each row of x: [T, in] to int8, -127 to 127. Returns (values [T, in], scales [T] float32).
+def quantize_activations(x: torch.Tensor, group: int = GROUP) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round each row of x: [T, in] to int8 in groups of inputs, the last group filled up with zeros.
 
-    The row is multiplied by 127 / max|x| in float32, then rounded; the scale is max|x| / 127.
+    A group is multiplied by 127 / max|x| in float32, then rounded; its scale is max|x| / 127.
+    Returns (values [T, padded in] int8, scales [T, groups] float32).
     """
-    wide = x.float()
-    largest = wide.abs().amax(dim=1)
-    values = torch.round(wide * (INT8_MAX / _divisor(largest))[:, None]).to(torch.int8)
-    return values, largest / INT8_MAX
+    wide = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % group))
+    grouped = wide.reshape(x.shape[0], -1, group)
+    largest = grouped.abs().amax(dim=2)
+    values = torch.round(grouped * (INT8_MAX / _divisor(largest))[..., None]).to(torch.int8)
+    return values.flatten(1), largest / INT8_MAX
 
 
 def _divisor(scales: torch.Tensor) -> torch.Tensor:

@@ -124,5 +124,5 @@ def compile_shrink(dtype: str, isa: str | None = None) -> int:
     }
     bindings["ITEM"] = ITEM_BYTES[dtype]
     bindings["ALL_MODULES"] = len(MODULES)
-    bindings["shrink_tokens"] = numba.njit(rebind(_shrink_tokens, bindings))
+    bindings["shrink_tokens"] = numba.njit(rebind(_shrink_tokens, bindings, f"{dtype}-{chosen}"))
     return compile_function(f"shrink-{dtype}", _shrink, bindings=bindings, isa=isa)

@@ -316,6 +316,7 @@ def compile_attention(
     num_heads: int, num_kv_heads: int, head_dim: int, dtype: str, isa: str | None = None
 ) -> int:
     """Address of the operation for one model's heads; q, k, v and the output are of dtype."""
+    name = f"attention-{num_heads}-{num_kv_heads}-{head_dim}-{dtype}"
     chosen = isa or detect_isa()
     dims = padded(head_dim, LANES)
     row_bytes = dims * ITEM_BYTES[dtype]
@@ -342,8 +343,8 @@ def compile_attention(
     for rows in VARIANTS:
         bindings[f"scores{rows}"] = micro_kernel(3, _emit_scores(rows, head_dim, dtype), chosen)
         bindings[f"values{rows}"] = micro_kernel(5, _emit_values(rows, head_dim, dtype), chosen)
-    bindings["round_up"] = numba.njit(_round_up)
-    bindings["score_rows"] = numba.njit(rebind(_dispatch_scores, bindings))
-    bindings["value_rows"] = numba.njit(rebind(_dispatch_values, bindings))
-    name = f"attention-{num_heads}-{num_kv_heads}-{head_dim}-{dtype}"
+    variant = f"{name}-{chosen}"
+    bindings["round_up"] = numba.njit(rebind(_round_up, {}, variant))
+    bindings["score_rows"] = numba.njit(rebind(_dispatch_scores, bindings, variant))
+    bindings["value_rows"] = numba.njit(rebind(_dispatch_values, bindings, variant))
     return compile_function(name, _attend, bindings=bindings, isa=isa)
