@@ -121,7 +121,11 @@ class Benchmark:
         log = self.arguments.logs / f"{spec.name.replace(':', '-')}--{name}.log"
         workload = self._workload(name, 0)
         adapters = self._adapters(workload)
-        worker = stack.enter_context(WorkerProcess(spec, self.arguments.threads, log))
+        try:
+            worker = stack.enter_context(WorkerProcess(spec, self.arguments.threads, log))
+        except OSError as error:
+            self._skip(spec, name, error)
+            return None
         try:
             loaded = worker.load(workload, adapters)
             result = Result(spec.name, name, loaded["version"], load_s=round(loaded["load_s"], 2))
