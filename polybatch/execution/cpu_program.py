@@ -7,6 +7,7 @@ all base rows walks the one that has never heard of them.
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 from collections.abc import Callable
@@ -25,8 +26,12 @@ from polybatch.kernels.linear.cpu import (
     GROUP,
     H_PTR,
     H_STRIDE,
+    NEXT_PANEL_BYTES,
+    NEXT_W,
+    PANEL_BYTES,
     SILU_MUL,
     STORE,
+    W_PTR,
     PackedLinear,
     Weight,
     aligned_bytes,
@@ -157,7 +162,8 @@ class CpuProgram:
         head = self._head(weights)
         self.plain = Program(plain + head)
         self.adapted = Program(adapted + head)
-        self.head_ops = len(head)
+        for program in (self.plain, self.adapted):
+            self._chain_prefetches(program)
         self._h = torch.empty(0, dtype=torch.float32)
 
     def _check(self) -> None:
@@ -327,6 +333,15 @@ class CpuProgram:
             ops += linear(down, ADD, self.act, self.ff_width, self.x, self.hidden * 4)
             versions.append(ops)
         return versions[0], versions[1]
+
+    def _chain_prefetches(self, program: Program) -> None:
+        """Tell each linear which weights come next."""
+        linear = set(self._linear.values())
+        rows = [row for row in program.table if row[0] in linear]
+        for row, following in itertools.pairwise(rows):
+            row[NEXT_W], row[NEXT_PANEL_BYTES] = following[W_PTR], following[PANEL_BYTES]
+        if rows:
+            rows[-1][NEXT_W], rows[-1][NEXT_PANEL_BYTES] = rows[0][W_PTR], rows[0][PANEL_BYTES]
 
     def _spread_heads(self, o: torch.Tensor) -> torch.Tensor:
         """o_proj for attention outputs whose heads are padded to whole vectors."""

@@ -105,6 +105,14 @@ class Emitter:
     def store(self, value: Any, address: Any, align: int = 1) -> None:
         self.b.store(value, self.b.inttoptr(address, value.type.as_pointer()), align=align)
 
+    def prefetch(self, address: Any) -> None:
+        """Ask for the cache line at `address`, into the second level; never faults."""
+        kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+        name = "llvm.prefetch.p0"
+        function = cgutils.get_or_insert_function(self.b.module, kind, name)
+        pointer = self.b.inttoptr(address, I8.as_pointer())
+        self.b.call(function, [pointer, *(ir.Constant(I32, v) for v in (0, 2, 1))])
+
     # vectors
     def zeros(self, kind: Any = V_F32) -> Any:
         return ir.Constant(kind, None)

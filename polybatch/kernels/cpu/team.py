@@ -27,6 +27,8 @@ ROW = 32
 """int64 values in an operation's row."""
 ARGS = 2
 """Index of an operation's first own argument in its row."""
+STAMP = ROW - 1
+"""Index in a row of the time stamp at which the operation's barrier was passed."""
 COUNTER_STRIDE = 8
 """int64 values between tile counters: a cache line each."""
 
@@ -168,6 +170,17 @@ def call_operation(typing_context, function, args, state, tid, num_threads):  # 
     return types.void(*([types.int64] * 5)), codegen
 
 
+@intrinsic
+def cycles(typing_context):  # type: ignore[no-untyped-def]
+    """The processor's time stamp, in ticks of constant rate."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = ir.FunctionType(_I64, [])
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.readcyclecounter"), [])
+
+    return types.int64(), codegen
+
+
 _ROW_BYTES = ROW * 8
 _SPINS = 20000
 
@@ -184,6 +197,8 @@ def _walk(ops: int, num_ops: int, state: int, barrier: int, met: int, tid: int, 
             spins += 1
             if spins > _SPINS:
                 yield_processor()
+        if tid == 0:
+            store_i64(row, STAMP, cycles())
 
 
 class Program:
@@ -196,8 +211,8 @@ class Program:
         self.counters = np.zeros(max(1, self.num_ops) * COUNTER_STRIDE, dtype=np.int64)
         base = self.counters.ctypes.data
         for i, (function, args) in enumerate(operations):
-            if len(args) > ROW - ARGS:
-                raise EngineError(f"an operation has {len(args)} arguments; a row takes {ROW - ARGS}")
+            if len(args) > STAMP - ARGS:
+                raise EngineError(f"an operation has {len(args)} arguments; a row takes {STAMP - ARGS}")
             self.table[i, 0] = function
             self.table[i, 1] = base + i * COUNTER_STRIDE * 8
             self.table[i, ARGS : ARGS + len(args)] = args

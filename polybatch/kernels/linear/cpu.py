@@ -20,6 +20,7 @@ lies in a tile, so a token's result is bitwise independent of its batch.
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +60,9 @@ KINDS = ("float32", "bfloat16", "int8", "int4")
 GROUP = 32
 VECTORS = COLUMNS // LANES
 TILE_STRIDE = COLUMNS * 4
+HUGE_PAGE_BYTES = 2 << 20
+INT_LINES = 4
+"""Cache lines of the next panel that an integer tile prefetches per group."""
 INT4_GROUP_BYTES = COLUMNS * GROUP // 2 + 2 * COLUMNS * 2
 
 # How a tile ends.
@@ -66,7 +70,7 @@ STORE, ADD, SILU_MUL = range(3)
 
 # Arguments of the operation, after the row's own two.
 (A_PTR, A_STRIDE, A_SCALES, A_SUMS, SUMS_STRIDE, W_PTR, PANEL_BYTES, NUM_PANELS, STEPS, W_SCALE, PANELS,
- OUT_PTR, OUT_STRIDE, ROWS_INDEX, TOKEN_ADAPTER, ADAPTER_TABLES, LAYER, H_PTR, H_STRIDE) = range(ARGS, ARGS + 19)  # fmt: skip
+ OUT_PTR, OUT_STRIDE, ROWS_INDEX, TOKEN_ADAPTER, ADAPTER_TABLES, LAYER, H_PTR, H_STRIDE, NEXT_W, NEXT_PANEL_BYTES) = range(ARGS, ARGS + 21)  # fmt: skip
 
 # A panel's record (int64): column in the output buffer, then two halves (module index or -1, first
 # row of the module's weight, valid rows, address of the base bias or 0). Only SILU_MUL uses two.
@@ -97,9 +101,18 @@ class PackedLinear:
 
 
 def aligned_bytes(size: int) -> torch.Tensor:
-    """Zeroed uint8 tensor of `size` bytes at a 64-byte boundary, followed by as much slack again."""
-    raw = torch.from_numpy(np.zeros(size + 2 * VECTOR_BYTES, dtype=np.uint8))
-    start = -raw.data_ptr() % VECTOR_BYTES
+    """Zeroed uint8 tensor of `size` bytes at a 64-byte boundary, with at least 128 bytes of slack behind.
+
+    Large ones lie in huge pages where the system grants them; memory is taken when first touched.
+    """
+    if size >= HUGE_PAGE_BYTES:
+        area = mmap.mmap(-1, size + 2 * HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            area.madvise(mmap.MADV_HUGEPAGE)
+        raw, multiple = torch.frombuffer(area, dtype=torch.uint8), HUGE_PAGE_BYTES
+    else:
+        raw, multiple = torch.from_numpy(np.zeros(size + 4 * VECTOR_BYTES, dtype=np.uint8)), VECTOR_BYTES
+    start = -raw.data_ptr() % multiple
     return raw[start : start + size]
 
 
@@ -229,15 +242,17 @@ class Weight:
 def _emit_tile(rows: int, kind: str) -> Any:
     """tile[rows, 64] = A[rows, :] @ panel in floating point.
 
-    Arguments: A, its row stride in bytes, panel, tile, steps of 4 bytes of A.
+    Arguments: A, its row stride in bytes, panel, tile, steps of 4 bytes of A, memory to prefetch (a cache
+    line per step).
     """
 
     def emit(e: Emitter, x: list[Any]) -> None:
-        a, stride, panel, tile, steps = x
+        a, stride, panel, tile, steps, ahead = x
         bases = [e.add(a, e.mul(stride, m)) for m in range(rows)]
 
         def step(k: Any, accs: list[Any]) -> list[Any]:
             at = e.add(panel, e.mul(k, TILE_STRIDE))
+            e.prefetch(e.add(ahead, e.mul(k, VECTOR_BYTES)))
             columns = [e.load(e.add(at, VECTOR_BYTES * n), V_I32, 64) for n in range(VECTORS)]
             offset = e.mul(k, 4)
             for m in range(rows):
@@ -258,13 +273,14 @@ def _emit_tile_int(rows: int, vectors: int, kind: str) -> Any:
     """tile[rows, 16 * vectors] = A[rows, :] @ panel on integers, dequantised group by group.
 
     Arguments: A, its row stride in bytes, panel, tile, groups, scales and sums of the rows' groups,
-    their row stride in bytes, scales of the panel's columns (int8), first vector of the panel.
+    their row stride in bytes, scales of the panel's columns (int8), first vector of the panel, memory to
+    prefetch (INT_LINES cache lines per group).
     """
     half = ir.VectorType(ir.HalfType(), LANES)
     group_bytes = INT4_GROUP_BYTES if kind == "int4" else COLUMNS * GROUP
 
     def emit(e: Emitter, x: list[Any]) -> None:
-        a, stride, panel, tile, groups, a_scales, a_sums, sums_stride, w_scale, first = x
+        a, stride, panel, tile, groups, a_scales, a_sums, sums_stride, w_scale, first, ahead = x
         b = e.b
         bases = [e.add(a, e.mul(stride, m)) for m in range(rows)]
         scales = [e.add(a_scales, e.mul(sums_stride, m)) for m in range(rows)]
@@ -291,6 +307,8 @@ def _emit_tile_int(rows: int, vectors: int, kind: str) -> Any:
 
         def group(g: Any, accs: list[Any]) -> list[Any]:
             at = e.add(panel, e.mul(g, group_bytes))
+            for line in range(INT_LINES):
+                e.prefetch(e.add(ahead, e.add(e.mul(g, INT_LINES * VECTOR_BYTES), line * VECTOR_BYTES)))
             offset = e.mul(g, GROUP)
             at_table = e.mul(g, 4)
             row_sums = [e.splat(e.load(e.add(s, at_table), I32, 4)) for s in sums]
@@ -404,6 +422,7 @@ def _run(args: int, state: int, tid: int, num_threads: int) -> None:
     token_adapter, tables = load_i64(args, TOKEN_ADAPTER), load_i64(args, ADAPTER_TABLES)
     layer = load_i64(args, LAYER)
     h_ptr, h_stride = load_i64(args, H_PTR), load_i64(args, H_STRIDE)
+    next_w, next_panel_bytes = load_i64(args, NEXT_W), load_i64(args, NEXT_PANEL_BYTES)
     tile = stack_bytes(TILE_BYTES)
     while True:
         unit = claim(load_i64(args, 1))
@@ -413,6 +432,14 @@ def _run(args: int, state: int, tid: int, num_threads: int) -> None:
         first = (unit % blocks) * block
         last = min(first + block, num_rows)
         panel = w_ptr + p * panel_bytes
+        # fetch what this thread will probably want next, of this weight or of the next operation's
+        guess = (unit + num_threads) // blocks
+        if num_rows <= ROWS:
+            ahead = panel
+        elif guess < num_panels:
+            ahead = w_ptr + guess * panel_bytes
+        else:
+            ahead = next_w + (guess - num_panels) * next_panel_bytes
         record = load_i64(args, PANELS) + p * PANEL_FIELDS * 8
         out = out_ptr + load_i64(record, 0) * OUT_ITEM
         w_s = w_scale + p * COLUMNS * 4
@@ -420,7 +447,8 @@ def _run(args: int, state: int, tid: int, num_threads: int) -> None:
             rows = min(ROWS, last - m)
             a = a_ptr + m * a_stride
             scales, sums = a_scales + m * sums_stride, a_sums + m * sums_stride
-            tile_of(rows, a, a_stride, panel, tile, steps, scales, sums, sums_stride, w_s)
+            tile_of(rows, a, a_stride, panel, tile, steps, scales, sums, sums_stride, w_s, ahead)
+            ahead += steps * AHEAD_BYTES
             for half in range(HALVES):
                 part = record + (1 + 4 * half) * 8
                 finish_half(part, tile + half * HALF_BYTES, m, rows, token_adapter, tables, layer,
@@ -482,39 +510,39 @@ def _expand_rows(count, tile, h, h_stride, rank, table, offset):  # type: ignore
         expand1(tile + r * TILE_STRIDE, h + r * h_stride, h_stride, rank, table, offset)
 
 
-def _tile_float(rows, a, a_stride, panel, tile, steps, scales, sums, sums_stride, w_scale):  # type: ignore[no-untyped-def]
+def _tile_float(rows, a, a_stride, panel, tile, steps, scales, sums, sums_stride, w_scale, ahead):  # type: ignore[no-untyped-def]
     if rows == 6:
-        tile6(a, a_stride, panel, tile, steps)
+        tile6(a, a_stride, panel, tile, steps, ahead)
     elif rows == 5:
-        tile5(a, a_stride, panel, tile, steps)
+        tile5(a, a_stride, panel, tile, steps, ahead)
     elif rows == 4:
-        tile4(a, a_stride, panel, tile, steps)
+        tile4(a, a_stride, panel, tile, steps, ahead)
     elif rows == 3:
-        tile3(a, a_stride, panel, tile, steps)
+        tile3(a, a_stride, panel, tile, steps, ahead)
     elif rows == 2:
-        tile2(a, a_stride, panel, tile, steps)
+        tile2(a, a_stride, panel, tile, steps, ahead)
     else:
-        tile1(a, a_stride, panel, tile, steps)
+        tile1(a, a_stride, panel, tile, steps, ahead)
 
 
-def _tile_int(rows, a, a_stride, panel, tile, steps, scales, sums, sums_stride, w_scale):  # type: ignore[no-untyped-def]
+def _tile_int(rows, a, a_stride, panel, tile, steps, scales, sums, sums_stride, w_scale, ahead):  # type: ignore[no-untyped-def]
     # integers and floats both want registers: from 4 rows on a tile is done in two halves of its columns
     if rows == 6:
-        tile6(a, a_stride, panel, tile, steps, scales, sums, sums_stride, w_scale, 0)
-        tile6(a, a_stride, panel, tile, steps, scales, sums, sums_stride, w_scale, 2)
+        tile6(a, a_stride, panel, tile, steps, scales, sums, sums_stride, w_scale, 0, ahead)
+        tile6(a, a_stride, panel, tile, steps, scales, sums, sums_stride, w_scale, 2, ahead + steps * INT_LINES * VECTOR_BYTES)
         return
     r = 0
     if rows >= 4:
-        tile4(a, a_stride, panel, tile, steps, scales, sums, sums_stride, w_scale, 0)
-        tile4(a, a_stride, panel, tile, steps, scales, sums, sums_stride, w_scale, 2)
+        tile4(a, a_stride, panel, tile, steps, scales, sums, sums_stride, w_scale, 0, ahead)
+        tile4(a, a_stride, panel, tile, steps, scales, sums, sums_stride, w_scale, 2, ahead + steps * INT_LINES * VECTOR_BYTES)
         r = 4
     if rows - r >= 2:
         tile2(a + r * a_stride, a_stride, panel, tile + r * TILE_STRIDE, steps, scales + r * sums_stride,
-              sums + r * sums_stride, sums_stride, w_scale, 0)  # fmt: skip
+              sums + r * sums_stride, sums_stride, w_scale, 0, ahead)  # fmt: skip
         r += 2
     if rows - r >= 1:
         tile1(a + r * a_stride, a_stride, panel, tile + r * TILE_STRIDE, steps, scales + r * sums_stride,
-              sums + r * sums_stride, sums_stride, w_scale, 0)  # fmt: skip
+              sums + r * sums_stride, sums_stride, w_scale, 0, ahead)  # fmt: skip
 
 
 def compile_linear(kind: str, end: int, out_dtype: str, delta_dtype: str, isa: str | None = None) -> int:
@@ -529,11 +557,11 @@ def compile_linear(kind: str, end: int, out_dtype: str, delta_dtype: str, isa: s
     bindings: dict[str, Any] = {}
     if kind in ("int8", "int4"):
         for rows, vectors in ((1, 4), (2, 4), (4, 2), (6, 2)):
-            bindings[f"tile{rows}"] = micro_kernel(10, _emit_tile_int(rows, vectors, kind), isa)
+            bindings[f"tile{rows}"] = micro_kernel(11, _emit_tile_int(rows, vectors, kind), isa)
         tile = _tile_int
     else:
         for rows in range(1, ROWS + 1):
-            bindings[f"tile{rows}"] = micro_kernel(5, _emit_tile(rows, kind), isa)
+            bindings[f"tile{rows}"] = micro_kernel(6, _emit_tile(rows, kind), isa)
         tile = _tile_float
     for rows in (1, 2, 4):
         bindings[f"expand{rows}"] = micro_kernel(
@@ -549,6 +577,7 @@ def compile_linear(kind: str, end: int, out_dtype: str, delta_dtype: str, isa: s
         "TILE_BYTES": ROWS * TILE_STRIDE,
         "NUM_MODULES": len(MODULES),
         "MAX_BLOCK": 96,
+        "AHEAD_BYTES": VECTOR_BYTES * (2 * INT_LINES if kind in ("int8", "int4") else 1),
     }
     for name, function in (("tile_of", tile), ("expand_rows", _expand_rows), ("finish_half", _finish_half)):
         bindings[name] = numba.njit(rebind(function, bindings, f"{variant}-{isa}"))

@@ -53,18 +53,26 @@ TILE_FIELDS = 5
 
 
 def _emit_scores(rows: int, head_dim: int, dtype: str) -> Any:
-    """scores[rows, 64] = q . k over a block. Arguments: q [rows, D], 4 head addresses (array), scores."""
+    """scores[rows, 64] = q . k over a block.
+
+    Arguments: q [rows, D], 4 key addresses (array), scores, 4 key addresses to prefetch (array).
+    """
     dims = padded(head_dim, LANES)
     pair = 4 // ITEM_BYTES[dtype]
     at_once = 4 if rows <= 6 else 2
 
     def emit(e: Emitter, x: list[Any]) -> None:
-        q, heads, scores = x
+        q, heads, scores, ahead = x
         for first in range(0, BLOCK_PAGES, at_once):
             pages = [e.load(e.add(heads, 8 * (first + i)), I64, 8) for i in range(at_once)]
+            later = [e.load(e.add(ahead, 8 * (first + i)), I64, 8) for i in range(at_once)]
 
-            def step(d: Any, accs: list[Any], pages: list[Any] = pages) -> list[Any]:
+            def step(
+                d: Any, accs: list[Any], pages: list[Any] = pages, later: list[Any] = later
+            ) -> list[Any]:
                 offset = e.mul(d, VECTOR_BYTES)
+                for page in later:
+                    e.prefetch(e.add(page, offset))
                 keys = [e.load(e.add(page, offset), V_I32, 4) for page in pages]
                 for r in range(rows):
                     query = e.splat(
@@ -130,7 +138,8 @@ def _emit_softmax(dtype: str) -> Any:
 def _emit_values(rows: int, head_dim: int, dtype: str) -> Any:
     """out[rows, D] = out * correction + weights . v over the pages of a block.
 
-    Arguments: weights [rows, 64], value addresses (array), number of pages, out (float32), stats.
+    Arguments: weights [rows, 64], value addresses (array), number of pages, out (float32), stats, value
+    addresses to prefetch (array).
     """
     dims = padded(head_dim, LANES)
     item = ITEM_BYTES[dtype]
@@ -138,7 +147,7 @@ def _emit_values(rows: int, head_dim: int, dtype: str) -> Any:
     at_once = max(1, min(dims // LANES, 24 // rows))
 
     def emit(e: Emitter, x: list[Any]) -> None:
-        weights, heads, num_pages, out, stats = x
+        weights, heads, num_pages, out, stats, ahead = x
         for first in range(0, dims // LANES, at_once):
             vectors = min(at_once, dims // LANES - first)
 
@@ -152,8 +161,11 @@ def _emit_values(rows: int, head_dim: int, dtype: str) -> Any:
 
             def page_step(p: Any, accs: list[Any], first: int = first, vectors: int = vectors) -> list[Any]:
                 page = e.load(e.add(heads, e.mul(p, 8)), I64, 8)
+                later = e.load(e.add(ahead, e.mul(p, 8)), I64, 8)
                 for t in range(PAGE_TOKENS // pair):
                     at = e.add(page, t * dims * 4 + first * VECTOR_BYTES)
+                    for n in range(vectors):
+                        e.prefetch(e.add(later, t * dims * 4 + (first + n) * VECTOR_BYTES))
                     columns = [e.load(e.add(at, n * VECTOR_BYTES), V_I32, 4) for n in range(vectors)]
                     for r in range(rows):
                         offset = e.mul(p, PAGE_TOKENS * item)
@@ -214,6 +226,8 @@ def _attend(args: int, state: int, tid: int, num_threads: int) -> None:
     stats = stack_bytes(STAT_SCRATCH)
     keys = stack_bytes(64)
     values = stack_bytes(64)
+    next_keys = stack_bytes(64)
+    next_values = stack_bytes(64)
     while True:
         unit = claim(load_i64(args, 1))
         if unit >= num_units:
@@ -243,15 +257,22 @@ def _attend(args: int, state: int, tid: int, num_threads: int) -> None:
         start = 0
         if window > 0:
             start = max(0, position + first_row // GROUP + 1 - window)
-        for block in range(start // BLOCK_TOKENS, (end + BLOCK_TOKENS - 1) // BLOCK_TOKENS):
+        first_block, last_block = start // BLOCK_TOKENS, (end + BLOCK_TOKENS - 1) // BLOCK_TOKENS
+        locate(page_row, first_block, end, pages + kv_head * HEAD_BYTES, page_bytes, keys, values)
+        for block in range(first_block, last_block):
             base = block * BLOCK_TOKENS
             num_pages = min(BLOCK_PAGES, (end - base + PAGE_TOKENS - 1) // PAGE_TOKENS)
-            for i in range(BLOCK_PAGES):  # pages past the end repeat one that exists; they are masked
-                page = load_i32(page_row, block * BLOCK_PAGES + min(i, num_pages - 1))
-                at = pages + page * page_bytes + kv_head * HEAD_BYTES
-                store_i64(keys, i, at)
-                store_i64(values, i, at + HEAD_BYTES // 2)
-            score_rows(variant, q, keys, scores)
+            if block + 1 < last_block:
+                locate(page_row, block + 1, end, pages + kv_head * HEAD_BYTES, page_bytes, next_keys, next_values)
+            elif unit + num_threads < num_units:  # probably this thread's next tile, from its first block
+                guess = tiles + ((unit + num_threads) // NUM_KV_HEADS) * TILE_FIELDS * 4
+                guess_start = 0
+                if window > 0:
+                    guess_start = max(0, load_i32(guess, 4) + load_i32(guess, 1) // GROUP + 1 - window)
+                head_base = pages + ((unit + num_threads) % NUM_KV_HEADS) * HEAD_BYTES
+                locate(table + load_i32(guess, 0) * table_stride, guess_start // BLOCK_TOKENS,
+                       load_i32(guess, 4) + 1, head_base, page_bytes, next_keys, next_values)  # fmt: skip
+            score_rows(variant, q, keys, scores, next_keys)
             for r in range(rows):
                 seen = position + (first_row + r) // GROUP + 1
                 low = 0
@@ -261,11 +282,23 @@ def _attend(args: int, state: int, tid: int, num_threads: int) -> None:
                             weights + r * WEIGHT_BYTES)  # fmt: skip
             for r in range(rows, variant):
                 move_weights(weights, weights + r * WEIGHT_BYTES)
-            value_rows(variant, weights, values, num_pages, out, stats)
+            value_rows(variant, weights, values, num_pages, out, stats, next_values)
+            for i in range(BLOCK_PAGES):
+                store_i64(keys, i, load_i64(next_keys, i))
+                store_i64(values, i, load_i64(next_values, i))
         for r in range(rows):
             token = first_token + (first_row + r) // GROUP
             head = kv_head * GROUP + (first_row + r) % GROUP
             finish_row(out + r * DIMS * 4, stats + 16 * r, out_ptr + token * out_stride + head * ROW_BYTES)
+
+
+def _locate(page_row, block, end, base, page_bytes, keys, values):  # type: ignore[no-untyped-def]
+    """Addresses of a block's keys and values; pages past the end repeat the last, and are masked."""
+    num_pages = max(1, min(BLOCK_PAGES, (end - block * BLOCK_TOKENS + PAGE_TOKENS - 1) // PAGE_TOKENS))
+    for i in range(BLOCK_PAGES):
+        page = load_i32(page_row, block * BLOCK_PAGES + min(i, num_pages - 1))
+        store_i64(keys, i, base + page * page_bytes)
+        store_i64(values, i, base + page * page_bytes + HEAD_BYTES // 2)
 
 
 def _round_up(rows):  # type: ignore[no-untyped-def]
@@ -278,38 +311,38 @@ def _round_up(rows):  # type: ignore[no-untyped-def]
     return 12
 
 
-def _dispatch_scores(variant, q, keys, scores):  # type: ignore[no-untyped-def]
+def _dispatch_scores(variant, q, keys, scores, ahead):  # type: ignore[no-untyped-def]
     if variant == 1:
-        scores1(q, keys, scores)
+        scores1(q, keys, scores, ahead)
     elif variant == 2:
-        scores2(q, keys, scores)
+        scores2(q, keys, scores, ahead)
     elif variant == 3:
-        scores3(q, keys, scores)
+        scores3(q, keys, scores, ahead)
     elif variant == 4:
-        scores4(q, keys, scores)
+        scores4(q, keys, scores, ahead)
     elif variant == 6:
-        scores6(q, keys, scores)
+        scores6(q, keys, scores, ahead)
     elif variant == 8:
-        scores8(q, keys, scores)
+        scores8(q, keys, scores, ahead)
     else:
-        scores12(q, keys, scores)
+        scores12(q, keys, scores, ahead)
 
 
-def _dispatch_values(variant, weights, values, num_pages, out, stats):  # type: ignore[no-untyped-def]
+def _dispatch_values(variant, weights, values, num_pages, out, stats, ahead):  # type: ignore[no-untyped-def]
     if variant == 1:
-        values1(weights, values, num_pages, out, stats)
+        values1(weights, values, num_pages, out, stats, ahead)
     elif variant == 2:
-        values2(weights, values, num_pages, out, stats)
+        values2(weights, values, num_pages, out, stats, ahead)
     elif variant == 3:
-        values3(weights, values, num_pages, out, stats)
+        values3(weights, values, num_pages, out, stats, ahead)
     elif variant == 4:
-        values4(weights, values, num_pages, out, stats)
+        values4(weights, values, num_pages, out, stats, ahead)
     elif variant == 6:
-        values6(weights, values, num_pages, out, stats)
+        values6(weights, values, num_pages, out, stats, ahead)
     elif variant == 8:
-        values8(weights, values, num_pages, out, stats)
+        values8(weights, values, num_pages, out, stats, ahead)
     else:
-        values12(weights, values, num_pages, out, stats)
+        values12(weights, values, num_pages, out, stats, ahead)
 
 
 def compile_attention(
@@ -341,10 +374,11 @@ def compile_attention(
         "ZERO": np.float32(0),
     }
     for rows in VARIANTS:
-        bindings[f"scores{rows}"] = micro_kernel(3, _emit_scores(rows, head_dim, dtype), chosen)
-        bindings[f"values{rows}"] = micro_kernel(5, _emit_values(rows, head_dim, dtype), chosen)
+        bindings[f"scores{rows}"] = micro_kernel(4, _emit_scores(rows, head_dim, dtype), chosen)
+        bindings[f"values{rows}"] = micro_kernel(6, _emit_values(rows, head_dim, dtype), chosen)
     variant = f"{name}-{chosen}"
     bindings["round_up"] = numba.njit(rebind(_round_up, {}, variant))
+    bindings["locate"] = numba.njit(rebind(_locate, bindings, variant))
     bindings["score_rows"] = numba.njit(rebind(_dispatch_scores, bindings, variant))
     bindings["value_rows"] = numba.njit(rebind(_dispatch_values, bindings, variant))
     return compile_function(name, _attend, bindings=bindings, isa=isa)
