@@ -57,39 +57,50 @@ def test_int4_recovers_a_weight_that_lies_on_16_levels(shape, seed):
 
 
 @settings(max_examples=20, deadline=None)
-@given(shape=shapes, power=st.integers(-4, 4), seed=seeds)
-def test_activations_round_half_to_even_per_token(shape, power, seed):
+@given(shape=shapes, power=st.integers(-4, 4), missing=st.integers(0, 31), seed=seeds)
+def test_activations_round_half_to_even_per_token_and_group(shape, power, missing, seed):
     num_tokens, _, groups = shape
-    x = torch.randn(num_tokens, 32 * groups, generator=torch.Generator().manual_seed(seed)) * 10.0**power
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(num_tokens, 32 * groups - missing, generator=generator) * 10.0**power
     values, scales = quantize_activations(x)
-    assert bool((values.abs().amax(dim=1) == 127).all())
-    torch.testing.assert_close(values * scales[:, None], x, rtol=0, atol=float(scales.max()) * 0.5001)
+    assert values.shape == (num_tokens, 32 * groups)
+    assert scales.shape == (num_tokens, groups)
+    assert bool((values.unflatten(1, (groups, 32)).abs().amax(dim=2) == 127).all())
+    assert not values[:, x.shape[1] :].any()
+    error = (unround(values, scales)[:, : x.shape[1]] - x).abs()
+    assert bool((error <= scales.repeat_interleave(32, dim=1)[:, : x.shape[1]] * 0.5001).all())
     halves, _ = quantize_activations(torch.tensor([[127.0, 0.5, 1.5, -2.5]]))
-    assert halves.tolist() == [[127, 0, 2, -2]]
+    assert halves[:, :4].tolist() == [[127, 0, 2, -2]]
+
+
+def unround(values, scales):
+    """The activations that the integers stand for, [T, padded in] float64."""
+    return (values.double().unflatten(1, (-1, 32)) * scales.double()[..., None]).flatten(1)
 
 
 @settings(max_examples=15, deadline=None)
-@given(shape=shapes, seed=seeds)
-def test_integer_linears_equal_dequantised_weights_times_rounded_activations(shape, seed):
+@given(shape=shapes, missing=st.integers(0, 31), seed=seeds)
+def test_integer_linears_equal_dequantised_weights_times_rounded_activations(shape, missing, seed):
     num_tokens, num_out, groups = shape
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(num_out, 32 * groups, generator=generator)
-    x = torch.randn(num_tokens, 32 * groups, generator=generator)
-    values, scales = quantize_activations(x)
-    rounded = values.double() * scales.double()[:, None]
-    for quantised, product in (
-        (quantize_int8(weight), int8_linear),
-        (quantize_int4(weight), int4_linear),
+    # Weights of 4 bits come in whole groups; those of 8 bits need not.
+    for num_in, quantize, product in (
+        (32 * groups - missing, quantize_int8, int8_linear),
+        (32 * groups, quantize_int4, int4_linear),
     ):
-        expected = rounded @ dequantize(quantised).double().T
-        torch.testing.assert_close(product(x, quantised).double(), expected, rtol=1e-4, atol=1e-4)
+        weight = quantize(torch.randn(num_out, num_in, generator=generator))
+        x = torch.randn(num_tokens, num_in, generator=generator)
+        rounded = unround(*quantize_activations(x))[:, :num_in]
+        expected = rounded @ dequantize(weight).double().T
+        torch.testing.assert_close(product(x, weight).double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_int8_linear_sums_integers_exactly():
     generator = torch.Generator().manual_seed(1)
     values = torch.randint(-127, 128, (3, 4096), generator=generator, dtype=torch.int8)
     x = torch.randint(-127, 128, (2, 4096), generator=generator).float()
-    x[:, 0] = 127.0
+    # The largest of every group, so that its scale is 1 and nothing is rounded.
+    x[:, ::32] = 127.0
     exact = [[sum(int(a) * int(b) for a, b in zip(row, w, strict=True)) for w in values] for row in x]
     assert int8_linear(x, Int8Weight(values, torch.ones(3))).tolist() == torch.tensor(exact).float().tolist()
 

@@ -14,7 +14,8 @@ Contract, for every variant:
     int4_linear(x, weight: Int4Weight) -> [T, out], dtype of x
         Weights: 16 levels between the minimum and the maximum of each group of consecutive inputs.
         Activations as for int8.
-            y[t, o] = sum_g x_scale[t, g] * (scale[o, g] * sum_i xq[t, i] * q[o, i] + min[o, g] * sum_i xq[t, i])
+            y[t, o] = sum_g x_scale[t, g] * (scale[o, g] * dot[t, o, g] + min[o, g] * sum_i xq[t, i])
+            dot[t, o, g] = sum_i xq[t, i] * q[o, i]
 
 The sums over integers are exact, so a variant differs from the reference only where it adds the
 groups' floats in another order. The quantisers are shared by all variants; only packing is theirs.
