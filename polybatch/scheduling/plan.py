@@ -52,9 +52,9 @@ class AdapterLoad:
 class StepPlan:
     """Everything an executor needs for one step.
 
-    Loads come first, then copies, then the forward pass. `prefetches` may be carried out at any time
-    up to the first plan that has a chunk of that adapter. `resident` maps each adapter of the
-    chunks to its pages (table order = page order within the adapter).
+    Loads come first, then copies, then the forward pass. Among the loads may be adapters that no chunk
+    uses yet: their first request still waits. `resident` maps each adapter of the chunks to its
+    pages (table order = page order within the adapter).
     """
 
     chunks: tuple[Chunk, ...]

@@ -42,7 +42,9 @@ PRECISIONS: dict[str, dict[str, str]] = {
 
 def build(name, model_name, **options):
     """An executor in float32 unless the options say otherwise, its pool filled with NaN."""
-    built = EXECUTORS[name](weights(model_name), **{"dtype": "float32", **LIMITS, "page_size": PAGE_SIZE[name], **options})
+    built = EXECUTORS[name](
+        weights(model_name), **{"dtype": "float32", **LIMITS, "page_size": PAGE_SIZE[name], **options}
+    )
     torch.as_tensor(built.arena).fill_(0xFF)
     return built
 
