@@ -53,7 +53,8 @@ class EngineOptions:
     memory: Annotated[
         str | None,
         typer.Option(
-            rich_help_panel=_PANEL, help="For KV and adapters, for example 2GiB; weights come on top."
+            rich_help_panel=_PANEL,
+            help="For KV and adapters beside the weights, such as 2GiB; default a quarter of what is free.",
         ),
     ] = None
     max_num_seqs: Annotated[

@@ -33,7 +33,7 @@ class EngineConfig:
     quantization: of the linear weights: None, "int8" or "int4".
     max_model_len: prompt + output in tokens; None is the model's own limit, or what memory holds.
     memory: of the page pool (KV and adapters): bytes or text such as "2GiB"; None is a quarter of
-        the available memory, or less if that cannot be used.
+        the available memory, or what max_num_seqs sequences of max_model_len can fill if that is less.
     max_num_batched_tokens: prefill tokens per step. max_num_seqs: sequences that run at once.
     policy: "fcfs" or "priority". executor: "auto", "cpu" (compiled) or "eager" (the torch reference).
     threads: of the executor; None is one per physical core. seed: for requests without their own.

@@ -5,6 +5,7 @@ Nothing here touches the scheduler, so a list of prompts can be checked before a
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from polybatch.engine.ports import AdapterSource, TextTokenizer
 from polybatch.errors import RequestError
 from polybatch.request import AdapterRef, Request, SamplingParams
 from polybatch.sampling.random import stream
+
+logger = logging.getLogger("polybatch.engine")
 
 
 class Door:
@@ -36,6 +39,14 @@ class Door:
         self._tokenizer, self._adapters = tokenizer, adapters
         self._seed, self._clock = seed, clock
         self._num_requests = 0
+        if tokenizer is not None and tokenizer.vocab_size > spec.vocab_size:
+            # Often a padding token that nobody sends, so no reason to refuse the model.
+            logger.warning(
+                "the tokenizer has %d tokens, the model only %d: prompts with any of the others are refused; "
+                "check that the two belong together",
+                tokenizer.vocab_size,
+                spec.vocab_size,
+            )
 
     def prepare(
         self,

@@ -38,6 +38,8 @@ class LLM:
 
     model: built-in name, Hugging Face directory or hub name, GGUF file, or "random:<config>".
     adapters: name -> PEFT directory. tokenizer: instead of the checkpoint's.
+    memory: for KV and adapters together, in bytes or as text such as "2GiB"; the weights come on top. None
+        takes a quarter of the memory that is free, but never more than max_num_seqs sequences can fill.
     The other settings are those of `EngineConfig`.
 
     Raises ConfigError, ModelError or AdapterError before anything runs.

@@ -13,6 +13,9 @@ from polybatch.request import AdapterRef
 class TextTokenizer(DecodesTokens, Protocol):
     """Text to tokens and back; `polybatch.tokenizer.Tokenizer` is the real one."""
 
+    @property
+    def vocab_size(self) -> int: ...
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
 
     def token_text(self, token_id: int) -> str: ...

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from polybatch.config import PoolSpec
 from polybatch.engine.core import EngineCore
+from polybatch.engine.door import Door
 from polybatch.errors import EngineError, RequestError
-from polybatch.execution.fake import FakeExecutor
+from polybatch.execution.fake import ByteTokenizer, FakeExecutor, fake_spec
 from polybatch.request import FinishReason, RequestOutput, SamplingParams
 
 
@@ -323,6 +324,16 @@ def test_the_door_refuses_with_field_value_and_limit(
         core.add_request("x", prompt, SamplingParams(**params), adapter)
     assert caught.value.field == field
     assert not core.has_work()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_pointed_out(caplog: pytest.LogCaptureFixture) -> None:
+    Door(fake_spec(vocab_size=258), 200, ByteTokenizer())
+    assert not caplog.records
+    door = Door(fake_spec(vocab_size=200), 200, ByteTokenizer())
+    assert "has 258 tokens, the model only 200" in caplog.text
+    door.prepare("ascii", "abc")
+    with pytest.raises(RequestError, match="token id 233; the model's vocabulary is 0 to 199"):
+        door.prepare("beyond", "\u9f8d")
 
 
 def test_a_request_id_in_use_is_refused() -> None:

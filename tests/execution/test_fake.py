@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from polybatch.config import PoolSpec
+from polybatch.detokenizer import IncrementalDetokenizer
 from polybatch.errors import EngineError
 from polybatch.execution.fake import ByteTokenizer, FakeExecutor
 from polybatch.request import AdapterRef, Request, SamplingParams, Sequence
@@ -64,3 +67,12 @@ def test_byte_tokenizer_round_trips_and_hides_special_tokens_on_request() -> Non
     assert tokenizer.decode(ids) == "naïve 🦜"
     assert tokenizer.decode([*ids, 256]) == "naïve 🦜"
     assert tokenizer.decode([*ids, 256], skip_special_tokens=False) == "naïve 🦜<eos>"
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 257), max_size=20), st.booleans())
+def test_streamed_bytes_add_up_to_the_decoded_text(ids: list[int], skip: bool) -> None:
+    tokenizer = ByteTokenizer()
+    detokenizer = IncrementalDetokenizer(tokenizer, [], skip)
+    streamed = "".join(detokenizer.push(token) for token in ids) + detokenizer.flush()
+    assert streamed == tokenizer.decode(ids, skip_special_tokens=skip)
