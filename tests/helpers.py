@@ -215,8 +215,17 @@ def random_adapter(
 
 
 def merged_model(model: PreTrainedModel, adapter: AdapterWeights) -> PreTrainedModel:
-    """A copy of a transformers model with an adapter's low-rank deltas, gains and biases merged in."""
+    """A copy of a transformers model with all that an adapter changes worked into its weights."""
     model = copy.deepcopy(model)
+    tables = (model.model.embed_tokens, adapter.embedding), (model.lm_head, adapter.lm_head)
+    # Read both before either is written: tied tables are one, and only one of them may change.
+    changed = [
+        (module, delta.full if delta.full is not None else module.weight + delta.left @ delta.right)
+        for module, delta in tables
+        if delta is not None
+    ]
+    for module, table in changed:
+        module.weight = torch.nn.Parameter(table.detach().clone())
     with torch.no_grad():
         for layer, deltas in zip(model.model.layers, adapter.layers, strict=True):
             for module, delta in deltas.items():

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_helpers import TransformersWeights, merged, tiny_model
+from adapter_helpers import RecordingWeights, tiny_model
+from helpers import merged_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -54,12 +55,11 @@ def peft_outputs(model: Any, path: Path) -> tuple[torch.Tensor, dict[str, tuple[
 
 
 def assert_equals_peft(model: Any, path: Path) -> AdapterWeights:
-    base = TransformersWeights(copy.deepcopy(model))
-    adapter = load_peft(path, base)
+    adapter = load_peft(path, RecordingWeights(copy.deepcopy(model)))
     logits, seen = peft_outputs(model, path)
     for name, (x, y) in seen.items():
         _, _, index, _, module = name.split(".")
-        linear = base._module(int(index), module)
+        linear = model.get_submodule(name)
         want = x @ linear.weight.T
         delta = adapter.layers[int(index)].get(module)
         if delta is not None:
@@ -69,8 +69,8 @@ def assert_equals_peft(model: Any, path: Path) -> AdapterWeights:
         want = want if linear.bias is None else want + linear.bias
         torch.testing.assert_close(want, y, rtol=1e-5, atol=1e-5, msg=name)
     with torch.no_grad():
-        torch.testing.assert_close(merged(model, adapter)(TOKENS).logits, logits, rtol=1e-4, atol=1e-4)
-        assert (merged(model, adapter)(TOKENS).logits - model(TOKENS).logits).abs().max() > 1e-3
+        torch.testing.assert_close(merged_model(model, adapter)(TOKENS).logits, logits, rtol=1e-4, atol=1e-4)
+        assert (merged_model(model, adapter)(TOKENS).logits - model(TOKENS).logits).abs().max() > 1e-3
     return adapter
 
 
@@ -246,13 +246,13 @@ def name_of(layer: int, module: str, part: str) -> str:
 )
 def test_an_unsupported_or_bad_key_is_refused_by_name(key: str, value: Any, model: Any, saved: Path) -> None:
     with pytest.raises(AdapterError, match=key):
-        load_peft(edit(saved, **{key: value}), TransformersWeights(model))
+        load_peft(edit(saved, **{key: value}), RecordingWeights(model))
 
 
 def test_keys_that_matter_only_in_training_are_accepted(model: Any, saved: Path) -> None:
-    before = load_peft(saved, TransformersWeights(model)).digest
+    before = load_peft(saved, RecordingWeights(model)).digest
     edit(saved, lora_dropout=0.3, inference_mode=False, init_lora_weights="gaussian", a_key_of_tomorrow=None)
-    assert load_peft(saved, TransformersWeights(model)).digest == before
+    assert load_peft(saved, RecordingWeights(model)).digest == before
 
 
 @pytest.mark.parametrize(
@@ -287,28 +287,28 @@ def test_a_tensor_out_of_place_is_refused_by_name(
     tensors: dict[str, torch.Tensor | None], message: str, model: Any, saved: Path
 ) -> None:
     with pytest.raises(AdapterError, match=message):
-        load_peft(edit(saved, tensors), TransformersWeights(model))
+        load_peft(edit(saved, tensors), RecordingWeights(model))
 
 
 def test_dora_without_magnitudes_is_refused(model: Any, saved: Path) -> None:
     with pytest.raises(AdapterError, match="no lora_magnitude_vector, but use_dora is True"):
-        load_peft(edit(saved, use_dora=True), TransformersWeights(model))
+        load_peft(edit(saved, use_dora=True), RecordingWeights(model))
 
 
 def test_a_saved_table_that_the_file_lacks_is_refused(model: Any, saved: Path) -> None:
     with pytest.raises(AdapterError, match="lacks the table of lm_head"):
-        load_peft(edit(saved, modules_to_save=["lm_head"]), TransformersWeights(model))
+        load_peft(edit(saved, modules_to_save=["lm_head"]), RecordingWeights(model))
 
 
 def test_a_bias_on_a_layer_without_one_is_refused(saved: Path) -> None:
     bias = {name_of(0, "q_proj", "base_layer.bias"): torch.ones(24)}
     with pytest.raises(AdapterError, match="the base model has none"):
-        load_peft(edit(saved, bias, bias="all"), TransformersWeights(tiny_model("llama")))
+        load_peft(edit(saved, bias, bias="all"), RecordingWeights(tiny_model("llama")))
 
 
 def test_shapes_are_refused_before_any_base_weight_is_read(model: Any, tmp_path: Path) -> None:
     path = save_adapter(model, tmp_path / "a", r=3, use_dora=True, target_modules=["q_proj"])
-    base = TransformersWeights(model)
+    base = RecordingWeights(model)
     with pytest.raises(AdapterError):
         load_peft(edit(path, {name_of(2, "q_proj", "lora_A.weight"): torch.ones(3, 9)}), base)
     assert base.linear_reads == []
@@ -317,32 +317,32 @@ def test_shapes_are_refused_before_any_base_weight_is_read(model: Any, tmp_path:
 def test_pickled_weights_are_refused_with_a_way_out(model: Any, saved: Path) -> None:
     (saved / "adapter_model.safetensors").rename(saved / "adapter_model.bin")
     with pytest.raises(AdapterError, match=r"pickle.*safe_serialization"):
-        load_peft(saved, TransformersWeights(model))
+        load_peft(saved, RecordingWeights(model))
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 8 + b"{}", b"\x10\0\0\0\0\0\0\0not json at all!"])
 def test_a_malformed_weights_file_is_refused(content: bytes, model: Any, saved: Path) -> None:
     (saved / "adapter_model.safetensors").write_bytes(content)
     with pytest.raises(AdapterError, match="not a readable safetensors file"):
-        load_peft(saved, TransformersWeights(model))
+        load_peft(saved, RecordingWeights(model))
 
 
 def test_a_truncated_weights_file_is_refused(model: Any, saved: Path) -> None:
     file = saved / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(AdapterError, match="not a readable safetensors file"):
-        load_peft(saved, TransformersWeights(model))
+        load_peft(saved, RecordingWeights(model))
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{", "[" * 100_000])
 def test_a_malformed_configuration_is_refused(content: str, model: Any, saved: Path) -> None:
     (saved / "adapter_config.json").write_text(content)
     with pytest.raises(AdapterError, match=r"adapter_config\.json"):
-        load_peft(saved, TransformersWeights(model))
+        load_peft(saved, RecordingWeights(model))
 
 
 def test_path_errors_say_what_to_give(model: Any, saved: Path) -> None:
-    base = TransformersWeights(model)
+    base = RecordingWeights(model)
     with pytest.raises(AdapterError, match="does not exist"):
         load_peft(saved / "nowhere", base)
     with pytest.raises(AdapterError, match="is a file"):
@@ -356,7 +356,7 @@ def test_path_errors_say_what_to_give(model: Any, saved: Path) -> None:
 
 
 def test_equal_weights_have_equal_digests_whatever_splits_their_scaling(model: Any, saved: Path) -> None:
-    base = TransformersWeights(model)
+    base = RecordingWeights(model)
     first = load_peft(saved, base)
     doubled = {k: v / 2 for k, v in load_file(saved / "adapter_model.safetensors").items() if "lora_B" in k}
     again = load_peft(edit(saved, doubled, lora_alpha=16), base)
@@ -365,7 +365,7 @@ def test_equal_weights_have_equal_digests_whatever_splits_their_scaling(model: A
 
 
 def test_one_changed_value_changes_the_digest(model: Any, saved: Path) -> None:
-    base = TransformersWeights(model)
+    base = RecordingWeights(model)
     first = load_peft(saved, base).digest
     name = name_of(2, "up_proj", "lora_A.weight")
     row = load_file(saved / "adapter_model.safetensors")[name]
@@ -375,7 +375,7 @@ def test_one_changed_value_changes_the_digest(model: Any, saved: Path) -> None:
 
 def test_deltas_are_contiguous_float32_whatever_the_file_holds(model: Any, saved: Path) -> None:
     halves = {k: v.bfloat16() for k, v in load_file(saved / "adapter_model.safetensors").items()}
-    adapter = load_peft(edit(saved, halves), TransformersWeights(model))
+    adapter = load_peft(edit(saved, halves), RecordingWeights(model))
     for delta in (d for layer in adapter.layers for d in layer.values()):
         for tensor in (delta.a, delta.b):
             assert tensor.dtype == torch.float32
@@ -383,7 +383,7 @@ def test_deltas_are_contiguous_float32_whatever_the_file_holds(model: Any, saved
 
 
 def test_an_adapter_does_not_follow_its_file_once_loaded(model: Any, saved: Path) -> None:
-    adapter = load_peft(saved, TransformersWeights(model))
+    adapter = load_peft(saved, RecordingWeights(model))
     file = saved / "adapter_model.safetensors"
     size = file.stat().st_size
     with file.open("r+b") as handle:
@@ -396,10 +396,10 @@ def test_an_adapter_larger_than_the_model_is_refused(
     model: Any, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(peft_files, "MIN_LIMIT_BYTES", 0)
-    load_peft(saved, TransformersWeights(model))
+    load_peft(saved, RecordingWeights(model))
     path = save_adapter(model, saved.parent / "large", r=100, target_modules="all-linear")
     with pytest.raises(AdapterError, match="merge the adapter"):
-        load_peft(path, TransformersWeights(model))
+        load_peft(path, RecordingWeights(model))
 
 
 @pytest.mark.parametrize(
@@ -409,10 +409,10 @@ def test_tying_kept_needs_both_ends_in_the_file(config: dict[str, Any], tmp_path
     model = tiny_model("llama", tie_word_embeddings=True)
     config = {"r": 2, "target_modules": ["q_proj"], "ensure_weight_tying": True, **config}
     path = save_adapter(model, tmp_path / "a", **config)
-    load_peft(path, TransformersWeights(model))
+    load_peft(path, RecordingWeights(model))
     names = load_file(path / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match=r"lacks the .* of lm_head"):
-        load_peft(edit(path, {name: None for name in names if "lm_head" in name}), TransformersWeights(model))
+        load_peft(edit(path, {name: None for name in names if "lm_head" in name}), RecordingWeights(model))
 
 
 def test_unchanged_stored_tables_cost_nothing(tmp_path: Path) -> None:
@@ -420,7 +420,7 @@ def test_unchanged_stored_tables_cost_nothing(tmp_path: Path) -> None:
     path = save_adapter(model, tmp_path / "a", r=2, target_modules=["embed_tokens"])
     key = "base_model.model.model.embed_tokens.base_layer.weight"
     assert key in load_file(path / "adapter_model.safetensors")
-    adapter = load_peft(path, TransformersWeights(model))
+    adapter = load_peft(path, RecordingWeights(model))
     assert adapter.lm_head is None
     assert adapter.embedding is not None
     assert adapter.embedding.full is None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_helpers import TransformersWeights, tiny_model
+from adapter_helpers import RecordingWeights, tiny_model
 from peft import LoraConfig, get_peft_model
 
 from polybatch.adapters.store import AdapterStore
@@ -26,7 +26,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store() -> AdapterStore:
-    return AdapterStore(TransformersWeights(tiny_model()), lambda weights: 1 + weights.max_rank)
+    return AdapterStore(RecordingWeights(tiny_model()), lambda weights: 1 + weights.max_rank)
 
 
 def other_weights(directory: Path, path: Path) -> Path:
