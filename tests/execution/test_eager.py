@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import helpers
 import pytest
 import torch
 from helpers import Driver, HFWeights, hf_logits, random_adapter, random_tokens, run_alone, tiny_model
 
-from polybatch.adapters.weights import VocabularyDelta
 from polybatch.errors import ConfigError, EngineError
 from polybatch.execution.eager import EagerExecutor
 from polybatch.scheduling.plan import LogitRows
@@ -79,49 +76,6 @@ def test_mixed_adapters_equal_peft_and_each_alone(name):
     for prompt, (reference, adapter), got in zip(prompts, pairs, mixed, strict=True):
         torch.testing.assert_close(got, hf_logits(reference, prompt), rtol=1e-4, atol=2e-4)
         torch.testing.assert_close(got, run_alone(executor, prompt, adapter), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("kind", ["full", "low rank"])
-def test_vocabulary_deltas_touch_only_their_own_rows(kind):
-    base = tiny_model("llama")
-    generator = torch.Generator().manual_seed(5)
-    size, hidden = helpers.VOCAB_SIZE, 64
-    changed = helpers.copy.deepcopy(base)
-    deltas = []
-    with torch.no_grad():
-        for table in (changed.model.embed_tokens, changed.lm_head):
-            left, right = (
-                torch.randn(size, 3, generator=generator),
-                torch.randn(3, hidden, generator=generator),
-            )
-            table.weight.add_(left @ right)
-            full = VocabularyDelta(full=table.weight.detach().clone())
-            deltas.append(full if kind == "full" else VocabularyDelta(left=left, right=right))
-    low_rank = random_adapter(HFWeights(base).spec, {"o_proj": 2}, seed=6)
-    adapter = dataclasses.replace(low_rank, embedding=deltas[0], lm_head=deltas[1])
-    driver = Driver(eager(base), seed=7)
-    prompts = [random_tokens(length, seed=i) for i, length in enumerate([9, 12, 7])]
-    seqs = [driver.add(prompt, a) for prompt, a in zip(prompts, [None, adapter, None], strict=True)]
-    mixed = driver.run(seqs, [[4, 5, 6]])
-    for prompt, model, got in zip(
-        prompts, [base, helpers.merged_model(changed, low_rank), base], mixed, strict=True
-    ):
-        torch.testing.assert_close(got, hf_logits(model, prompt), rtol=1e-3, atol=1e-3)
-
-
-def test_an_adapter_of_the_vocabulary_alone_takes_no_pages():
-    base = tiny_model("llama", tie_word_embeddings=True)
-    table = torch.randn(helpers.VOCAB_SIZE, 64, generator=torch.Generator().manual_seed(8))
-    change = VocabularyDelta(full=table)
-    adapter = random_adapter(HFWeights(base).spec, {}, seed=9)
-    adapter = dataclasses.replace(adapter, embedding=change, lm_head=change)
-    executor = eager(base)
-    assert executor.adapter_pages(adapter) == 0
-    prompt = random_tokens(8)
-    got = run_alone(executor, prompt, adapter)
-    with torch.no_grad():
-        base.model.embed_tokens.weight.copy_(table)
-    torch.testing.assert_close(got, hf_logits(base, prompt), rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_adapter_rows_cost_half_the_pages():

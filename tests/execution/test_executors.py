@@ -7,6 +7,7 @@ same bits whatever the batch, the chunks and the pages; others owe equality with
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -17,6 +18,7 @@ from helpers import Driver, HFWeights, random_adapter, random_tokens, run_alone,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polybatch.adapters.weights import VocabularyDelta
 from polybatch.errors import EngineError
 from polybatch.execution.cpu import CpuExecutor
 from polybatch.execution.eager import EagerExecutor
@@ -175,6 +177,47 @@ def test_adapters_of_any_rank_equal_merged_weights(executor, model_name):
     for prompt, adapter, got in zip(prompts, choices, mixed, strict=True):
         merged = base if adapter is None else helpers.merged_model(base, adapter)
         torch.testing.assert_close(got, helpers.hf_logits(merged, prompt), rtol=1e-3, atol=1e-3)
+
+
+def vocabulary_delta(kind, table, seed):
+    """A change of an embedding table or head, whole or of rank 3."""
+    table = table.detach()
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.randn(table.shape[0], 3, generator=generator)
+    right = torch.randn(3, table.shape[1], generator=generator)
+    return (
+        VocabularyDelta(full=table + left @ right)
+        if kind == "full"
+        else VocabularyDelta(left=left, right=right)
+    )
+
+
+@pytest.mark.parametrize("kind", ["full", "low rank"])
+def test_vocabulary_deltas_touch_only_their_own_rows(executor, model_name, kind):
+    base = tiny_model(model_name)
+    deltas = [
+        vocabulary_delta(kind, t, i)
+        for i, t in enumerate((base.model.embed_tokens.weight, base.lm_head.weight))
+    ]
+    with_rows = dataclasses.replace(
+        adapters(executor.spec)[4], digest="both", embedding=deltas[0], lm_head=deltas[1]
+    )
+    without = dataclasses.replace(random_adapter(executor.spec, {}), digest="head", lm_head=deltas[1])
+    choices = [None, with_rows, None, without]
+    driver = Driver(executor, seed=14)
+    prompts, seqs = mixed_batch(driver, choices, [9, 12, 7, 8], seed=140)
+    mixed = driver.run(seqs, [[4, 5, 6, 3]])
+    for prompt, adapter, got in zip(prompts, choices, mixed, strict=True):
+        merged = base if adapter is None else helpers.merged_model(base, adapter)
+        torch.testing.assert_close(got, helpers.hf_logits(merged, prompt), rtol=1e-3, atol=1e-3)
+        # Torch multiplies the changed tables, so these rows alone are not promised bit for bit.
+        torch.testing.assert_close(got, run_alone(executor, prompt, adapter), **TOLERANCE)
+
+
+def test_an_adapter_of_the_vocabulary_alone_takes_no_pages(executor, model_name):
+    delta = vocabulary_delta("full", tiny_model(model_name).lm_head.weight, seed=15)
+    adapter = dataclasses.replace(random_adapter(executor.spec, {}), embedding=delta, lm_head=delta)
+    assert executor.adapter_pages(adapter) == 0
 
 
 def test_base_rows_do_not_notice_adapters_beside_them(executor):
