@@ -1,6 +1,24 @@
 """Settings of every test run; shared helpers are in `helpers.py`, beside this file."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 # Tests work on tiny tensors, for which waking threads costs many times the work. Read when torch loads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """The GGUF file of the demo's model, downloaded where the cache lacks it.
+
+    Tried once a session; where it fails, every test that needs the model is skipped with the reason.
+    """
+    from polybatch.errors import ModelError
+    from polybatch.models.builtin import fetch_builtin
+
+    try:
+        return fetch_builtin("smollm2-135m-instruct", progress=print)
+    except ModelError as error:
+        pytest.skip(f"needs the demo's model: {error}")

@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from polybatch.models.builtin import builtin_path
-
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"<!-- test: (\w+) -->\n```(\w+)\n(.*?)```", README, re.DOTALL)
@@ -39,8 +37,7 @@ def test_blocks_that_need_no_model_run(tmp_path: Path, language: str, code: str)
     run_block(language, code, tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not builtin_path("smollm2-135m-instruct").exists(), reason="the model is not downloaded")
+@pytest.mark.usefixtures("real_model")
 @pytest.mark.parametrize(
     ("language", "code"), [(lang, code) for needs, lang, code in BLOCKS if needs == "model"]
 )

@@ -12,10 +12,8 @@ from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
 from polybatch.errors import ModelError, RequestError
-from polybatch.models.builtin import builtin_path
 from polybatch.tokenizer import Tokenizer
 
-REAL_MODEL = builtin_path("smollm2-135m-instruct")
 STRINGS = [
     *small.TEXTS[:3],
     "",
@@ -153,14 +151,12 @@ def test_a_directory_without_tokenizer_json_says_the_way_out(tmp_path: Path) -> 
         Tokenizer.from_directory(tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not REAL_MODEL.is_file(), reason="the small model is not in the cache")
-def test_the_real_tokenizer_equals_transformers() -> None:
+def test_the_real_tokenizer_equals_transformers(real_model: Path) -> None:
     from polybatch.models.gguf_file import GgufFile
     from polybatch.models.gguf_tokenizer import tokenizer_from_gguf
 
-    ours = tokenizer_from_gguf(GgufFile(REAL_MODEL).metadata, str(REAL_MODEL))
-    theirs = AutoTokenizer.from_pretrained(REAL_MODEL.parent, gguf_file=REAL_MODEL.name)
+    ours = tokenizer_from_gguf(GgufFile(real_model).metadata, str(real_model))
+    theirs = AutoTokenizer.from_pretrained(real_model.parent, gguf_file=real_model.name)
     words = small.TEXTS[:3] + [path.read_text() for path in Path(__file__).parent.glob("test_*.py")]
     for text in [*STRINGS, *words]:
         # transformers does not know this pre-tokenizer and joins spaces with the digit that follows;

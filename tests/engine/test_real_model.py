@@ -1,16 +1,15 @@
-"""The engine with the real small model through the real executors; skipped unless it is cached."""
+"""The engine with the real small model through the real executors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from polybatch.engine.llm import LLM
-from polybatch.models.builtin import builtin_path
 from polybatch.request import FinishReason, SamplingParams
 
-MODEL = "smollm2-135m-instruct"
 CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPTS = [
@@ -25,12 +24,10 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("eager", marks=pytest.mark.slow)])
-def llm(request: pytest.FixtureRequest) -> Iterator[LLM]:
-    if not builtin_path(MODEL).is_file():
-        pytest.skip(f"{MODEL} is not in the cache; `polybatch info` fetches it")
+def llm(request: pytest.FixtureRequest, real_model: Path) -> Iterator[LLM]:
     # Eight pages: enough for one long sequence, too few for all prompts at once.
     with LLM(
-        MODEL, dtype="float32", executor=request.param, max_model_len=96, memory=8 * 737_280,
+        str(real_model), dtype="float32", executor=request.param, max_model_len=96, memory=8 * 737_280,
         max_num_batched_tokens=48, max_num_seqs=8, threads=1,
     ) as llm:  # fmt: skip
         yield llm

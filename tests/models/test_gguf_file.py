@@ -16,12 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from polybatch.errors import ModelError
-from polybatch.models.builtin import builtin_path
 from polybatch.models.gguf_file import SUPPORTED_TYPES, GgufFile
 from polybatch.models.gguf_model import open_gguf
 from polybatch.models.gguf_tokenizer import tokenizer_from_gguf
-
-REAL_MODEL = builtin_path("smollm2-135m-instruct")
 
 
 def write_every_type(path: Path) -> Path:
@@ -99,10 +96,8 @@ def test_16_and_32_bit_tensors_keep_their_type(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not REAL_MODEL.is_file(), reason="the small model is not in the cache")
-def test_the_real_model_reads_as_the_gguf_package_reads_it() -> None:
-    assert_equals_reader(REAL_MODEL)
+def test_the_real_model_reads_as_the_gguf_package_reads_it(real_model: Path) -> None:
+    assert_equals_reader(real_model)
 
 
 def test_an_unsupported_tensor_type_is_refused_by_name(tmp_path: Path) -> None:

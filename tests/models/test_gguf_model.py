@@ -12,14 +12,11 @@ from gguf_helpers import interleave, write_gguf
 from helpers import tiny_model
 
 from polybatch.errors import ModelError
-from polybatch.models.builtin import builtin_path
 from polybatch.models.checkpoint import CheckpointWeights, layer_shapes
 from polybatch.models.family import LAYER_TENSORS
 from polybatch.models.gguf_file import GgufFile
 from polybatch.models.gguf_model import half_split, open_gguf
 from polybatch.models.hugging_face import open_directory
-
-REAL_MODEL = builtin_path("smollm2-135m-instruct")
 
 
 def opened(path: Path) -> CheckpointWeights:
@@ -137,15 +134,13 @@ def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
         opened(write_gguf(tmp_path / "m.gguf", model))
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not REAL_MODEL.is_file(), reason="the small model is not in the cache")
-def test_the_real_models_tensors_equal_those_transformers_loads() -> None:
+def test_the_real_models_tensors_equal_those_transformers_loads(real_model: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        REAL_MODEL.parent, gguf_file=REAL_MODEL.name, dtype=torch.float32
+        real_model.parent, gguf_file=real_model.name, dtype=torch.float32
     )
-    state, weights = model.state_dict(), opened(REAL_MODEL)
+    state, weights = model.state_dict(), opened(real_model)
     assert torch.equal(weights.embedding(), state["model.embed_tokens.weight"])
     assert torch.equal(weights.final_norm(), state["model.norm.weight"])
     for index in range(weights.spec.num_layers):
