@@ -30,14 +30,18 @@ clean:
 	rm -rf $(VENV) demo-output.jsonl demo-output.jsonl.journal.sqlite*
 
 $(BIN)/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Polybatch needs Python 3.11 or newer: make PYTHON=...")'
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Polybatch needs Python 3.11 or newer: make PYTHON=...")'
+	@$(PYTHON) -m venv $(VENV)
+
+INSTALL = $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt
 
 # A stamp per set of packages, so that the second run installs nothing.
 $(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
-	touch $@
+	@echo "Installing Polybatch and what it needs into $(VENV): minutes, but only this once"
+	@$(INSTALL) -e .
+	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	touch $(VENV)/.runtime $@
+	@echo "Installing Polybatch and what working on it needs into $(VENV): minutes, but only this once"
+	@$(INSTALL) -e '.[dev]'
+	@touch $(VENV)/.runtime $@

@@ -33,22 +33,30 @@ def shorten(text: str, length: int) -> str:
 
 
 def main(requests_path: Path, answers_path: Path) -> None:
-    bodies, pairs = {}, defaultdict(list)
+    bodies, rows, ids = {}, {}, defaultdict(list)
     for line in requests_path.read_text().splitlines():
         request = json.loads(line)
         bodies[request["custom_id"]] = request["body"]
+        ids[request["body"]["model"]].append(request["custom_id"])
     for line in answers_path.read_text().splitlines():
         row = json.loads(line)
-        body = bodies[row["custom_id"]]
-        pairs[body["model"]].append((prompt_text(body), answer_text(row)))
+        rows[row["custom_id"]] = row
     table = Table(title="A sample of the answers", title_justify="left", show_lines=True)
     table.add_column("model or adapter", style="bold", no_wrap=True)
     table.add_column("asked", ratio=2)
     table.add_column("answered", ratio=3)
-    for name in dict.fromkeys(body["model"] for body in bodies.values()):
-        for asked, answered in sorted(pairs[name])[:ANSWERS_PER_MODEL]:
+    for name, own in ids.items():
+        for custom_id in sorted(own)[:: max(1, len(own) // ANSWERS_PER_MODEL)][:ANSWERS_PER_MODEL]:
+            asked, answered = prompt_text(bodies[custom_id]), answer_text(rows[custom_id])
             table.add_row(name, shorten(asked, 160), shorten(answered, 240))
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"All {len(rows)} answers, made in the same batches, are in {answers_path}. The model has 135 million\n"
+        "parameters: adapters teach it a habit, not knowledge.\n"
+        "Next: .venv/bin/polybatch chat --adapter pirate=examples/adapters/pirate, and there /adapter pirate",
+        highlight=False,
+    )
 
 
 if __name__ == "__main__":

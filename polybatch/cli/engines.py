@@ -18,6 +18,7 @@ from polybatch.config import PoolSpec, SchedulerConfig
 from polybatch.engine.core import EngineCore
 from polybatch.errors import RequestError
 from polybatch.execution.fake import ByteTokenizer, FakeExecutor
+from polybatch.models.builtin import cache_dir
 from polybatch.request import AdapterRef
 from polybatch.scheduling.scheduler import Scheduler
 
@@ -35,6 +36,8 @@ def open_core(options: EngineOptions, console: Console, quiet: bool) -> Iterator
 
     if not quiet:
         console.print(f"loading {options.chosen_model()}", markup=False, highlight=False)
+        if not (cache_dir() / "kernels").is_dir():
+            console.print("compiling kernels for this processor, which takes a while only this once")
     with closing(LLM(options.chosen_model(), options.adapters(), **options.engine_settings())) as llm:
         yield llm.core
 
