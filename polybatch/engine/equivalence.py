@@ -31,7 +31,7 @@ NEAR_TIE = 1e-3
 PREFILL_TOKENS = 40
 """Prefill tokens per step of a mixed run: too few for a long prompt, enough to progress."""
 
-_POOL_SIZES = 24
+_POOL_SIZES = 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +44,15 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Pressure:
-    """What a mixed run was put through. num_chunked_prompts: prefilled in more than one step."""
+    """What a mixed run was put through.
+
+    num_chunked_prompts: prefilled in more than one step. max_adapters: most in one step, where all base
+    rows count as one.
+    """
 
     num_steps: int
     num_chunked_prompts: int
+    max_adapters: int
     num_prefix_hit_tokens: int
     num_preemptions: int
 
@@ -56,14 +61,38 @@ class Pressure:
         return bool(self.num_chunked_prompts and self.num_prefix_hit_tokens and self.num_preemptions)
 
 
+class PlanCounter:
+    """Watches the plans of a run go by."""
+
+    def __init__(self) -> None:
+        self._num_steps = self._max_adapters = 0
+        self._chunked: set[RunningSequence] = set()
+
+    def add(self, plan: StepPlan) -> None:
+        self._num_steps += 1
+        self._max_adapters = max(self._max_adapters, len({c.seq.adapter for c in plan.chunks}))
+        self._chunked.update(c.seq for c in plan.chunks if c.logits is LogitRows.NONE)
+
+    def pressure(self, stats: SchedulerStats) -> Pressure:
+        return Pressure(
+            self._num_steps,
+            len(self._chunked),
+            self._max_adapters,
+            stats.num_prefix_hit_tokens,
+            stats.num_preemptions,
+        )
+
+
 class LogitRecorder:
-    """An `Executor` that passes everything on to another one and keeps what the last rows were."""
+    """An `Executor` that passes everything on to another one and keeps the rows that tokens are picked from.
+
+    logits: request id -> one row per output token, [vocab] float32.
+    """
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
         self.logits: dict[str, list[torch.Tensor]] = {}
-        self.chunked: set[str] = set()
-        self.num_steps = 0
+        self.counter = PlanCounter()
 
     @property
     def spec(self) -> ModelSpec:
@@ -78,15 +107,10 @@ class LogitRecorder:
 
     def forward(self, plan: StepPlan, adapters: Mapping[str, AdapterWeights]) -> torch.Tensor:
         logits = self._executor.forward(plan, adapters)
-        self.num_steps += 1
-        row = 0
-        for chunk in plan.chunks:
-            request_id = chunk.seq.request.request_id
-            if chunk.logits is LogitRows.LAST:
-                self.logits.setdefault(request_id, []).append(logits[row].clone())
-                row += 1
-            else:
-                self.chunked.add(request_id)
+        self.counter.add(plan)
+        sampled = [chunk for chunk in plan.chunks if chunk.logits is LogitRows.LAST]
+        for chunk, row in zip(sampled, logits, strict=True):
+            self.logits.setdefault(chunk.seq.request.request_id, []).append(row.clone())
         return logits
 
     def release(self, seq: RunningSequence) -> None:
@@ -118,18 +142,15 @@ def run_requests(
                 raise EngineError(f"request {output.request_id} failed: {output.error}")
             tokens[output.request_id] = completion.token_ids
     answers = [Answer(tokens[r.request_id], torch.stack(recorder.logits.pop(r.request_id))) for r in requests]
-    return answers, _pressure(recorder.num_steps, len(recorder.chunked), scheduler.stats())
-
-
-def _pressure(num_steps: int, num_chunked: int, stats: SchedulerStats) -> Pressure:
-    return Pressure(num_steps, num_chunked, stats.num_prefix_hit_tokens, stats.num_preemptions)
+    return answers, recorder.counter.pressure(scheduler.stats())
 
 
 def mixed_scheduler(requests: Sequence[Request], pool: PoolSpec, limits: SchedulerConfig) -> Scheduler:
     """A scheduler that will chunk prompts, share prefixes and preempt while it serves these requests.
 
-    limits: of the executor; the token budget is smaller. It gets the largest part of the pool in which a
-    rehearsal, without a model, preempts several times. Raises ConfigError if the requests leave no choice.
+    limits: of the executor; the token budget is smaller. The scheduler gets the part of the pool in which,
+    in rehearsals without a model, most adapters meet in one step and most sequences are preempted.
+    Raises ConfigError if the requests leave no choice.
     """
     config = replace(
         limits,
@@ -140,21 +161,20 @@ def mixed_scheduler(requests: Sequence[Request], pool: PoolSpec, limits: Schedul
     kv = [_kv_pages(r, pool.page_size) for r in requests]
     pages = [n + (r.adapter.num_pages if r.adapter else 0) for n, r in zip(kv, requests, strict=True)]
     least, most = max(pages), min(sum(kv) + sum(refs.values()), pool.num_pages)
-    best: tuple[int, Pressure] | None = None
-    for part in range(_POOL_SIZES, -1, -1):
+    rehearsed: dict[int, Pressure] = {}
+    for part in range(_POOL_SIZES + 1):
         num_pages = least + max(0, most - least) * part // _POOL_SIZES
-        small = replace(pool, num_pages=num_pages)
-        pressure = _rehearse(requests, Scheduler(config, small))
-        if pressure.is_complete and (best is None or pressure.num_preemptions > best[1].num_preemptions):
-            best = (num_pages, pressure)
-        if best is not None and best[1].num_preemptions * 8 >= len(requests):
-            break
-    if best is None:
+        if num_pages not in rehearsed:
+            scheduler = Scheduler(config, replace(pool, num_pages=num_pages))
+            rehearsed[num_pages] = _rehearse(requests, scheduler)
+    complete = {size: pressure for size, pressure in rehearsed.items() if pressure.is_complete}
+    if not complete:
         raise ConfigError(
             f"{len(requests)} prompts of {min(kv)} to {max(kv)} pages of {pool.page_size} tokens cannot be "
             "made to share prefixes, to be cut into chunks and to preempt each other: give more or longer"
         )
-    return Scheduler(config, replace(pool, num_pages=best[0]))
+    chosen = max(complete, key=lambda size: (complete[size].max_adapters, complete[size].num_preemptions))
+    return Scheduler(config, replace(pool, num_pages=chosen))
 
 
 def _kv_pages(request: Request, page_size: int) -> int:
@@ -165,13 +185,12 @@ def _rehearse(requests: Sequence[Request], scheduler: Scheduler) -> Pressure:
     """Serve requests without a model: every output token is 0."""
     for request in requests:
         scheduler.add(request, 0.0)
-    num_steps, chunked = 0, set()
+    counter = PlanCounter()
     while (plan := scheduler.plan(0.0)) is not None:
-        num_steps += 1
-        chunked |= {c.seq.request.request_id for c in plan.chunks if c.logits is LogitRows.NONE}
+        counter.add(plan)
         tokens = tuple(() if c.logits is LogitRows.NONE else (0,) for c in plan.chunks)
         scheduler.commit(plan, StepResult(tokens))
-    return _pressure(num_steps, len(chunked), scheduler.stats())
+    return counter.pressure(scheduler.stats())
 
 
 def answer_alone(

@@ -16,14 +16,14 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from polybatch.adapters.merge import MergedWeights
 from polybatch.adapters.peft_lora import load_peft
 from polybatch.adapters.store import AdapterStore
-from polybatch.engine.config import EngineConfig, ResolvedConfig, available_memory, resolve
+from polybatch.engine.config import PAGE_SIZE, EngineConfig, ResolvedConfig, available_memory, resolve
 from polybatch.engine.door import Door
 from polybatch.engine.equivalence import (
     Answer,
@@ -44,7 +44,9 @@ from polybatch.models.weights import ModelWeights
 from polybatch.request import Request, SamplingParams
 
 MAX_LOGIT_DIFFERENCE = 1e-3
-MAX_TOKENS = 16
+MAX_TOKENS = 20
+"""More than a page of the pool holds, so that every sequence has to ask for another while others run."""
+
 ADAPTERS_PER_BATCH = 32
 """More are checked batch by batch, because the logits of a whole batch are kept."""
 
@@ -67,6 +69,7 @@ PROMPTS = (
 )
 """Texts that every adapter answers; the last two share a prefix of several pages."""
 
+T = TypeVar("T")
 Build = Callable[[ModelWeights, ResolvedConfig], Executor]
 Tell = Callable[[str], None]
 
@@ -168,7 +171,10 @@ class _Batch:
     ) -> None:
         self.weights = weights
         self.adapters = adapters
-        self.prompts = [tuple(prompt) for prompt in prompts]
+        self._groups: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+        for prompt in prompts:
+            self._groups.setdefault(tuple(prompt[:PAGE_SIZE]), []).append(tuple(prompt))
+        self.prompts = [prompt for group in self._groups.values() for prompt in group]
         self._params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
         self._build = build
         self._progress, self._report = progress, report
@@ -182,13 +188,10 @@ class _Batch:
             requests = self._requests(store, resolved)
             scheduler = mixed_scheduler(requests, executor.pool, resolved.scheduler)
             answers, pressure = run_requests(executor, requests, store, scheduler)
-        self._report(f"{_precision(resolved)}: {_describe(requests, len(self.adapters), pressure)}")
+        self._report(f"{_precision(resolved)}: {_describe(requests, pressure)}")
         if not pressure.is_complete:
             raise EngineError(f"the mixed batch was not mixed as rehearsed: {pressure}")
-        by_name: dict[str | None, list[Answer]] = {None: [], **{name: [] for name in self.adapters}}
-        for request, answer in zip(requests, answers, strict=True):
-            by_name[request.adapter.name if request.adapter else None].append(answer)
-        return by_name
+        return self._by_name(requests, answers)
 
     def against_alone(
         self, config: EngineConfig, answers: Mapping[str | None, list[Answer]]
@@ -205,14 +208,13 @@ class _Batch:
                 yield from (_skipped(name, reference, "not promised") for name in answers)
                 return
             requests = self._requests(store, resolved)
-            for name, mixed in answers.items():
+            for name, own in self._by_name(requests, requests).items():
                 self._progress(f"{name or BASE}: {reference}")
                 tally = Tally(0.0 if is_exact else MAX_LOGIT_DIFFERENCE)
-                own = [r for r in requests if (r.adapter.name if r.adapter else None) == name]
-                for request, answer in zip(own, mixed, strict=True):
+                for request, answer in zip(own, answers[name], strict=True):
                     for parts in follow_alone(executor, request, answer, store, resolved.scheduler):
                         tally.add(*parts)
-                yield _row(name, reference, len(mixed), tally)
+                yield _row(name, reference, len(own), tally)
 
     def against_merged(
         self, config: EngineConfig, answers: Mapping[str | None, list[Answer]]
@@ -264,13 +266,28 @@ class _Batch:
         return store
 
     def _requests(self, store: AdapterStore, resolved: ResolvedConfig) -> list[Request]:
-        """Prompt by prompt, so that neighbours in the queue have different adapters."""
+        """Neighbours have different adapters, but for prompts that begin alike.
+
+        Those follow one another, or what they share would be gone from the pool when it is asked for.
+        """
         door = Door(self.weights.spec, resolved.scheduler.max_model_len, None, store)
-        return [
-            door.prepare(f"{name or BASE}, prompt {index}", prompt, self._params, name)
-            for index, prompt in enumerate(self.prompts)
+        wanted = [
+            (name, prompt)
+            for group in self._groups.values()
             for name in (None, *self.adapters)
+            for prompt in group
         ]
+        return [
+            door.prepare(f"{index}, {name or BASE}", prompt, self._params, name)
+            for index, (name, prompt) in enumerate(wanted)
+        ]
+
+    def _by_name(self, requests: Sequence[Request], values: Sequence[T]) -> dict[str | None, list[T]]:
+        """What belongs to the requests, by adapter, in the order of `prompts`."""
+        found: dict[str | None, list[T]] = {name: [] for name in (None, *self.adapters)}
+        for request, value in zip(requests, values, strict=True):
+            found[request.adapter.name if request.adapter else None].append(value)
+        return found
 
 
 def peft_model(weights: ModelWeights, path: Path | None) -> Any:
@@ -301,10 +318,10 @@ def _precision(resolved: ResolvedConfig) -> str:
     return resolved.dtype if resolved.quantization is None else f"{resolved.quantization}/{resolved.dtype}"
 
 
-def _describe(requests: Sequence[Request], num_adapters: int, pressure: Pressure) -> str:
+def _describe(requests: Sequence[Request], pressure: Pressure) -> str:
     return (
-        f"{len(requests)} prompts over the base model and {num_adapters} adapters in one batch of "
-        f"{pressure.num_steps} steps: {pressure.num_chunked_prompts} prefilled in chunks, "
+        f"{len(requests)} prompts in {pressure.num_steps} steps with up to {pressure.max_adapters} adapters "
+        f"(base included) in one; {pressure.num_chunked_prompts} prefilled in chunks, "
         f"{pressure.num_prefix_hit_tokens:,} tokens from shared prefixes, "
         f"{pressure.num_preemptions} preemptions"
     )

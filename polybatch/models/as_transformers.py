@@ -36,14 +36,14 @@ def to_transformers(weights: ModelWeights) -> Any:
     with torch.device("meta"):
         model = model_class(config)
     expected = model.state_dict()
-    state = {family.model_tensors["embedding"]: weights.embedding().float()}
-    state[family.model_tensors["final_norm"]] = weights.final_norm().float()
+    state = {family.model_tensors["embedding"]: _copied(weights.embedding())}
+    state[family.model_tensors["final_norm"]] = _copied(weights.final_norm())
     if not spec.tie_embeddings:
-        state[family.model_tensors["lm_head"]] = weights.lm_head().float()
+        state[family.model_tensors["lm_head"]] = _copied(weights.lm_head())
     for index in range(spec.num_layers):
         layer = weights.layer(index)
         for field in layer_shapes(spec):
-            state[f"model.layers.{index}.{family.layer_tensors[field]}"] = getattr(layer, field).float()
+            state[f"model.layers.{index}.{family.layer_tensors[field]}"] = _copied(getattr(layer, field))
     for key, tensor in expected.items():
         # One flag switches on the biases of several layers; those that the checkpoint lacks are 0.
         if key not in state and key.endswith(".bias"):
@@ -61,6 +61,11 @@ def to_transformers(weights: ModelWeights) -> Any:
         rotary.inv_freq /= torch.tensor(spec.rope.frequency_factors)
     model.model.rotary_emb = rotary
     return model.eval()
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    """In float32 and not shared: peft writes into the parameters that an adapter replaces."""
+    return tensor.to(torch.float32, copy=True)
 
 
 def _settings(spec: ModelSpec) -> dict[str, Any]:
