@@ -351,11 +351,11 @@ def _emit_expand(rows: int, vectors: int, dtype: str) -> Any:
     """tile[rows, 16 * vectors] += sum over j of h[:, j] * B[j]: the adapter's second half.
 
     Arguments: tile, h, its row stride in bytes, rank, address of the B rows' addresses, byte offset
-    of the columns within a B row.
+    of the columns within a B row, distance from there to the columns to prefetch.
     """
 
     def emit(e: Emitter, x: list[Any]) -> None:
-        tile, h, h_stride, rank, table, offset = x
+        tile, h, h_stride, rank, table, offset, ahead = x
         hs = [e.add(h, e.mul(h_stride, m)) for m in range(rows)]
 
         def cell(m: int, n: int) -> Any:
@@ -367,6 +367,8 @@ def _emit_expand(rows: int, vectors: int, dtype: str) -> Any:
             row = e.add(e.load(e.add(table, e.mul(j, 8)), ir.IntType(64), 8), offset)
             item = ITEM_BYTES[dtype]
             columns = [e.load_f32(e.add(row, LANES * item * n), dtype) for n in range(vectors)]
+            for line in range(0, vectors * LANES * item, VECTOR_BYTES):
+                e.prefetch(e.add(e.add(row, ahead), line))
             for m in range(rows):
                 weight = e.splat(e.load(e.add(hs[m], e.mul(j, 4)), ir.FloatType(), 4))
                 for n in range(vectors):
@@ -452,12 +454,12 @@ def _run(args: int, state: int, tid: int, num_threads: int) -> None:
             for half in range(HALVES):
                 part = record + (1 + 4 * half) * 8
                 finish_half(part, tile + half * HALF_BYTES, m, rows, token_adapter, tables, layer,
-                            h_ptr, h_stride)  # fmt: skip
+                            h_ptr, h_stride, num_threads * HALF_COLUMNS * DELTA_ITEM)  # fmt: skip
             for r in range(rows):
                 end_row(tile + r * TILE_STRIDE, out + (m + r) * out_stride)
 
 
-def _finish_half(part, tile, m, rows, token_adapter, tables, layer, h_ptr, h_stride):  # type: ignore[no-untyped-def]
+def _finish_half(part, tile, m, rows, token_adapter, tables, layer, h_ptr, h_stride, ahead):  # type: ignore[no-untyped-def]
     """Adapters' deltas, gains and biases on the columns of one module in a tile."""
     module, first, valid, bias = load_i64(part, 0), load_i64(part, 1), load_i64(part, 2), load_i64(part, 3)
     if token_adapter != 0 and module >= 0:
@@ -473,7 +475,7 @@ def _finish_half(part, tile, m, rows, token_adapter, tables, layer, h_ptr, h_str
                 if rank > 0:
                     h = h_ptr + (m + r) * h_stride + load_i64(entry, H_OFFSET) * 4
                     expand_rows(count, tile + r * TILE_STRIDE, h, h_stride, rank,
-                                load_i64(entry, B_ROWS), first * DELTA_ITEM)  # fmt: skip
+                                load_i64(entry, B_ROWS), first * DELTA_ITEM, ahead)  # fmt: skip
                 gain = load_i64(entry, GAIN)
                 extra = load_i64(entry, BIAS)
                 if gain != 0 or extra != 0:
@@ -498,16 +500,16 @@ def _finish_half(part, tile, m, rows, token_adapter, tables, layer, h_ptr, h_str
                 store_f32(tile + r * TILE_STRIDE, c, np.float32(0))
 
 
-def _expand_rows(count, tile, h, h_stride, rank, table, offset):  # type: ignore[no-untyped-def]
+def _expand_rows(count, tile, h, h_stride, rank, table, offset, ahead):  # type: ignore[no-untyped-def]
     r = 0
     while count - r >= 4:
-        expand4(tile + r * TILE_STRIDE, h + r * h_stride, h_stride, rank, table, offset)
+        expand4(tile + r * TILE_STRIDE, h + r * h_stride, h_stride, rank, table, offset, ahead)
         r += 4
     if count - r >= 2:
-        expand2(tile + r * TILE_STRIDE, h + r * h_stride, h_stride, rank, table, offset)
+        expand2(tile + r * TILE_STRIDE, h + r * h_stride, h_stride, rank, table, offset, ahead)
         r += 2
     if count - r >= 1:
-        expand1(tile + r * TILE_STRIDE, h + r * h_stride, h_stride, rank, table, offset)
+        expand1(tile + r * TILE_STRIDE, h + r * h_stride, h_stride, rank, table, offset, ahead)
 
 
 def _tile_float(rows, a, a_stride, panel, tile, steps, scales, sums, sums_stride, w_scale, ahead):  # type: ignore[no-untyped-def]
@@ -565,7 +567,7 @@ def compile_linear(kind: str, end: int, out_dtype: str, delta_dtype: str, isa: s
         tile = _tile_float
     for rows in (1, 2, 4):
         bindings[f"expand{rows}"] = micro_kernel(
-            6, _emit_expand(rows, half_columns // LANES, delta_dtype), isa
+            7, _emit_expand(rows, half_columns // LANES, delta_dtype), isa
         )
     bindings["end_row"] = micro_kernel(2, _emit_rowwise(end, out_dtype), isa)
     bindings |= {

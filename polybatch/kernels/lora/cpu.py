@@ -20,6 +20,7 @@ from polybatch.kernels.cpu.compile import compile_function, detect_isa, rebind
 from polybatch.kernels.cpu.emit import I64, V_I32, VECTOR_BYTES, Emitter, micro_kernel
 from polybatch.kernels.cpu.layout import (
     A_ROWS,
+    B_ROWS,
     FIELDS,
     H_OFFSET,
     ITEM_BYTES,
@@ -57,10 +58,14 @@ def _emit_shrink(tokens: int, dtype: str) -> Any:
             index = b.select(b.icmp_signed("<", last, e.i64(j)), last, e.i64(j))
             rows.append(e.load(e.add(table, e.mul(index, 8)), I64, 8))
         bases = [e.add(src, e.mul(stride, t)) for t in range(tokens)]
+        # rows mostly lie a fixed stride apart: the next block is probably this far on
+        next_block = e.mul(b.sub(rows[1], rows[0]), RANK_BLOCK)
 
         def step(i: Any, accs: list[Any]) -> list[Any]:
             offset = e.mul(i, VECTOR_BYTES)
             weights = [e.load(e.add(row, offset), V_I32, 4) for row in rows]
+            for row in rows:
+                e.prefetch(e.add(e.add(row, offset), next_block))
             for t in range(tokens):
                 value = e.load(e.add(bases[t], offset), V_I32, 4)
                 for j in range(RANK_BLOCK):
@@ -76,6 +81,16 @@ def _emit_shrink(tokens: int, dtype: str) -> Any:
                         total,
                         b.inttoptr(e.add(e.add(h, e.mul(h_stride, t)), 4 * j), ir.FloatType().as_pointer()),
                     )
+
+    return emit
+
+
+def _emit_prefetch(lines: int) -> Any:
+    """Ask for `lines` cache lines. Arguments: address."""
+
+    def emit(e: Emitter, x: list[Any]) -> None:
+        for line in range(lines):
+            e.prefetch(e.add(x[0], line * VECTOR_BYTES))
 
     return emit
 
@@ -99,6 +114,8 @@ def _shrink(args: int, state: int, tid: int, num_threads: int) -> None:
         rank = load_i64(entry, RANK)
         x = x_ptr + first * x_stride
         h = h_ptr + first * h_stride + load_i64(entry, H_OFFSET) * 4
+        for j in range(rank):  # the second half begins with the first columns of these
+            prefetch_columns(load_i64(load_i64(entry, B_ROWS), j))
         for j in range(0, rank, RANK_BLOCK):
             shrink_tokens(tokens, x, x_stride, load_i64(entry, A_ROWS) + 8 * j, min(RANK_BLOCK, rank - j), count,
                           h + 4 * j, h_stride)  # fmt: skip
@@ -122,6 +139,7 @@ def compile_shrink(dtype: str, isa: str | None = None) -> int:
     bindings: dict[str, Any] = {
         f"shrink{tokens}": micro_kernel(7, _emit_shrink(tokens, dtype), chosen) for tokens in (1, 2, 4)
     }
+    bindings["prefetch_columns"] = micro_kernel(1, _emit_prefetch(4), chosen)
     bindings["ITEM"] = ITEM_BYTES[dtype]
     bindings["ALL_MODULES"] = len(MODULES)
     bindings["shrink_tokens"] = numba.njit(rebind(_shrink_tokens, bindings, f"{dtype}-{chosen}"))
