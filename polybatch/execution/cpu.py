@@ -114,6 +114,8 @@ class CpuExecutor:
             self._adapters.load(adapters[load.adapter.digest], load.pages)
         for copy in plan.copies:
             self.arena[:, copy.dst] = self.arena[:, copy.src]
+        if not plan.chunks:
+            return self._program.logits_tensor[:0, : self._spec.vocab_size]
         used = {c.seq.adapter.digest for c in plan.chunks if c.seq.adapter is not None}
         tables = {}
         for digest in used:
