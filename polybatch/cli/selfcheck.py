@@ -66,14 +66,15 @@ def check_table(rows: Sequence[CheckRow]) -> Table:
     """One line per adapter and reference, adapters in the order given, each named once."""
     table = Table(
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=0,
+        show_edge=False,
         caption="ties: differing tokens between logits closer than 0.001, allowed; limit 0: equal bits",
         caption_justify="left",
     )
-    table.add_column("adapter")
+    table.add_column("adapter", overflow="fold")
     table.add_column("compared with", no_wrap=True)
     for name in ("rows", "tokens", "differ", "ties", "max |Δ|", "limit"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("result", no_wrap=True)
     order = {name: index for index, name in enumerate(dict.fromkeys(row.adapter for row in rows))}
     shown = None
