@@ -5,6 +5,7 @@ A comment before a block says what it needs: `test: stub` nothing, `test: model`
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -43,6 +44,13 @@ def test_blocks_that_need_no_model_run(tmp_path: Path, language: str, code: str)
 )
 def test_blocks_that_need_the_model_run(tmp_path: Path, language: str, code: str) -> None:
     run_block(language, code, tmp_path)
+
+
+def test_the_adapters_accuracies_are_those_measured() -> None:
+    results = json.loads((ROOT / "examples/adapters/results.json").read_text())
+    for name, measured in results.items():
+        row = next(line for line in README.splitlines() if line.startswith(f"| [{name}]"))
+        assert re.findall(r"(\d+%)", row) == [f"{measured[of]:.0%}" for of in ("base_instructed", "adapter")]
 
 
 def test_both_kinds_of_blocks_are_found() -> None:

@@ -70,7 +70,7 @@ class EngineOptions:
         str, typer.Option(rich_help_panel=_PANEL, help="auto, cpu (compiled) or eager (the torch reference).")
     ] = "auto"
     threads: Annotated[
-        int | None, typer.Option(rich_help_panel=_PANEL, help="CPU threads; default one per physical core.")
+        int | None, typer.Option(rich_help_panel=_PANEL, help="CPU threads; default one per processor.")
     ] = None
     seed: Annotated[int, typer.Option(rich_help_panel=_PANEL, help="For requests that bring no seed.")] = 0
 

@@ -36,7 +36,8 @@ class EngineConfig:
         the available memory, or what max_num_seqs sequences of max_model_len can fill if that is less.
     max_num_batched_tokens: prefill tokens per step. max_num_seqs: sequences that run at once.
     policy: "fcfs" or "priority". executor: "auto", "cpu" (compiled) or "eager" (the torch reference).
-    threads: of the executor; None is one per physical core. seed: for requests without their own.
+    threads: of the executor; None is one per processor that this process may use.
+    seed: for requests without their own.
 
     Raises ConfigError where a value cannot work on its own.
     """
