@@ -10,6 +10,7 @@ import pytest
 from polybatch.engine.llm import LLM
 from polybatch.request import FinishReason, SamplingParams
 
+EXAMPLES = Path(__file__).parents[2] / "examples" / "adapters"
 CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPTS = [
@@ -46,6 +47,22 @@ def test_greedy_tokens_are_the_same_alone_and_in_a_batch_that_preempts(llm: LLM)
     assert llm.stats().scheduler.num_preemptions > before
     for prompt, output in zip(PROMPTS, together, strict=True):
         assert llm.generate(prompt, GREEDY)[0].outputs[0].token_ids == output.outputs[0].token_ids
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+def test_low_precision_logprobs_are_the_same_bits_alone_and_in_a_mixed_batch(
+    real_model: Path, quantization: str | None
+) -> None:
+    names = ("sql", "pirate")
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=2)
+    choices = [None, "sql", "pirate", None, "pirate", "sql", None]
+    with LLM(
+        str(real_model), {name: EXAMPLES / name for name in names}, quantization=quantization,
+        max_model_len=96, memory=20 * 368_640, max_num_batched_tokens=24, max_num_seqs=6, threads=1,
+    ) as llm:  # fmt: skip
+        together = llm.generate(PROMPTS, params, choices)
+        for prompt, choice, output in zip(PROMPTS, choices, together, strict=True):
+            assert llm.generate(prompt, params, choice)[0].outputs == output.outputs
 
 
 def test_output_logprobs_equal_those_of_the_same_tokens_as_a_prompt(llm: LLM) -> None:
