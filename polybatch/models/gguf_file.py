@@ -121,7 +121,15 @@ class GgufFile:
             return flat.reshape(tensor.shape)
         blocks = torch.frombuffer(self._map, dtype=torch.uint8, count=tensor.num_bytes, offset=tensor.offset)
         rows = blocks.reshape(math.prod(tensor.shape[:-1]), -1)
-        return dequantise_blocks(rows, tensor.type_name).reshape(tensor.shape)
+        values = dequantise_blocks(rows, tensor.type_name).reshape(tensor.shape)
+        self._forget(tensor)
+        return values
+
+    def _forget(self, tensor: GgufTensor) -> None:
+        """Give the file's pages back to the system: once dequantised they would only take memory."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            first = tensor.offset // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, first, tensor.offset + tensor.num_bytes - first)
 
     def check_type(self, tensor: GgufTensor) -> None:
         """Raise ModelError where the tensor's type cannot be read."""
