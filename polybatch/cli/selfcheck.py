@@ -46,7 +46,11 @@ def selfcheck(
             report=errors.print,
             **engine.engine_settings(),
         )
-    Console().print(check_table(rows))
+    console = Console(highlight=False)
+    console.print(check_table(rows))
+    console.print(
+        "[dim]ties: tokens that may differ, their logits being closer than 0.001; limit 0: equal bits[/]"
+    )
     if not all(row.ok for row in rows):
         raise typer.Exit(1)
 
@@ -68,8 +72,6 @@ def check_table(rows: Sequence[CheckRow]) -> Table:
         box=box.SIMPLE_HEAD,
         padding=0,
         show_edge=False,
-        caption="ties: differing tokens between logits closer than 0.001, allowed; limit 0: equal bits",
-        caption_justify="left",
     )
     table.add_column("adapter", overflow="fold")
     table.add_column("compared with", no_wrap=True)
