@@ -82,9 +82,9 @@ def file() -> Path:
 
 @pytest.fixture(scope="module")
 def oracle(file: Path) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import LlamaForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(
+    return LlamaForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32, attn_implementation="eager"
     ).eval()
 
