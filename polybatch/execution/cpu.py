@@ -20,8 +20,8 @@ from polybatch.execution.cpu_program import CpuProgram, Precision, StepAddresses
 from polybatch.execution.cpu_step import StepArrays
 from polybatch.kernels.cpu.compile import detect_isa
 from polybatch.kernels.cpu.layout import ITEM_BYTES, NUM_LOGITS, NUM_SEGMENTS, PAGE_TOKENS, padded
+from polybatch.kernels.cpu.memory import aligned_bytes
 from polybatch.kernels.cpu.team import Team
-from polybatch.kernels.linear.cpu import aligned_bytes
 from polybatch.kernels.write_kv.cpu import head_bytes
 from polybatch.models.weights import ModelWeights
 from polybatch.request import Sequence
@@ -34,6 +34,11 @@ def page_bytes(spec: ModelSpec, page_size: int, dtype: str) -> int:
         raise ConfigError(f"page_size is {page_size}; the CPU's kernels take {PAGE_TOKENS}")
     longest = max(max(shape) for shape in cpu_shapes(spec).values()) * ITEM_BYTES[dtype]
     return padded(max(spec.num_kv_heads * head_bytes(spec.head_dim, dtype), longest), 64)
+
+
+def available_processors() -> int:
+    """Processors that this process may use; all of them where the system cannot say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class CpuExecutor:
@@ -63,10 +68,12 @@ class CpuExecutor:
             raise ConfigError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
         if quantization not in QUANTIZATIONS:
             raise ConfigError(f"quantization is {quantization!r}; it must be int8, int4 or None")
+        if threads is not None and threads < 1:
+            raise ConfigError(f"threads is {threads}; it must be at least 1, or None for all processors")
         spec = weights.spec
         self._spec = spec
         self._precision = Precision.of(dtype, quantization)
-        self._threads = threads or len(os.sched_getaffinity(0))
+        self._threads = threads or available_processors()
         bytes_per_page = page_bytes(spec, page_size, dtype)
         self._pool = PoolSpec(num_pages, page_size, bytes_per_page, spec.num_layers)
         arena = aligned_bytes(self._pool.total_bytes)

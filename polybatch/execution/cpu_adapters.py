@@ -48,11 +48,11 @@ def cpu_shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
 class PlacedAdapter:
     """An adapter ready to be loaded: where its rows come from and, but for the pages, where they go.
 
-    sources, widths, layers, pages, offsets: [rows]. table: [layers, modules, FIELDS], whose row
-    fields are addresses inside `rows`, the array of row addresses that loading fills.
+    num_ranks: intermediate values per token at most. sources, widths, layers, pages, offsets: [rows].
+    table: [layers, modules, FIELDS], whose row fields are addresses inside `rows`, the array of row
+    addresses that loading fills. kept: what `sources` and the table point to.
     """
 
-    num_pages: int
     num_ranks: int
     sources: Int64s
     widths: Int64s
@@ -140,15 +140,17 @@ class CpuAdapters:
                         first = matrix.data_ptr() + 4 * width * np.arange(rank, dtype=np.int64)
                         parts = (first, np.full(rank, width), np.full(rank, index), page, offset)
                         for column, part in zip(columns, parts, strict=True):
-                            column.append(part.astype(np.int64))
+                            column.append(np.asarray(part, dtype=np.int64))
                         starts.append((index, module, where, total))
                         total += rank
                 num_ranks = max(num_ranks, h_offset)
-        joined = [np.concatenate(c) if c else np.zeros(0, dtype=np.int64) for c in columns]
+        sources, widths, layers, pages, offsets = (
+            np.concatenate(c) if c else np.zeros(0, dtype=np.int64) for c in columns
+        )
         rows = np.zeros(total, dtype=np.int64)
         for index, module, where, first_row in starts:
             table[index, module, where] = rows.ctypes.data + 8 * first_row
-        return PlacedAdapter(layout.num_pages, num_ranks, *joined, rows=rows, table=table, kept=kept)
+        return PlacedAdapter(num_ranks, sources, widths, layers, pages, offsets, rows, table, kept)
 
     def _spread(self, a: torch.Tensor, width: int) -> torch.Tensor:
         """o_proj's A for heads padded to whole vectors."""

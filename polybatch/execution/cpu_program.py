@@ -12,18 +12,18 @@ import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from polybatch.config import ModelSpec
 from polybatch.errors import ConfigError
 from polybatch.kernels.cpu.emit import LANES, LOG2_E
 from polybatch.kernels.cpu.layout import ITEM_BYTES, NUM_LOGITS, NUM_TOKENS, padded
+from polybatch.kernels.cpu.memory import aligned_bytes
 from polybatch.kernels.cpu.team import Program
 from polybatch.kernels.linear.cpu import (
     ADD,
-    GROUP,
     H_PTR,
     H_STRIDE,
     NEXT_PANEL_BYTES,
@@ -32,12 +32,10 @@ from polybatch.kernels.linear.cpu import (
     SILU_MUL,
     STORE,
     W_PTR,
-    PackedLinear,
-    Weight,
-    aligned_bytes,
     compile_linear,
-    pack,
 )
+from polybatch.kernels.linear.cpu_pack import INTEGER_KINDS, PackedLinear, Weight, pack
+from polybatch.kernels.linear.quantize import GROUP
 from polybatch.kernels.lora.cpu import H_PTR as SHRINK_H_PTR
 from polybatch.kernels.lora.cpu import H_STRIDE as SHRINK_H_STRIDE
 from polybatch.kernels.lora.cpu import compile_shrink
@@ -91,11 +89,10 @@ class StepAddresses:
 
 
 class Buffers:
-    """Activation buffers for up to `max_tokens` rows, untouched memory until a step is that large."""
+    """Activation buffers and constants that operations point to; zeroed, and kept as long as this is."""
 
     def __init__(self) -> None:
         self._kept: list[torch.Tensor] = []
-        self.total_bytes = 0
 
     def rows(self, max_rows: int, width: int, item: int) -> int:
         """Address of zeroed [max_rows, width] of `item` bytes each."""
@@ -104,7 +101,6 @@ class Buffers:
     def tensor(self, max_rows: int, width: int, item: int) -> torch.Tensor:
         """Zeroed bytes of [max_rows, width] of `item` bytes each, as uint8 [max_rows, width * item]."""
         tensor = aligned_bytes(max_rows * width * item)
-        self.total_bytes += tensor.numel()
         self._kept.append(tensor)
         return tensor.view(max_rows, width * item)
 
@@ -120,7 +116,8 @@ class Buffers:
         """Hold memory that operations point to."""
         self._kept.append(tensor)
 
-    def table(self, values: np.ndarray) -> int:  # type: ignore[type-arg]
+    def table(self, values: np.ndarray[Any, Any]) -> int:
+        """Address of an array's values."""
         tensor = torch.from_numpy(np.ascontiguousarray(values))
         self._kept.append(tensor)
         return tensor.data_ptr()
@@ -172,8 +169,8 @@ class CpuProgram:
             for name, (_, inputs) in spec.linear_shapes.items():
                 if inputs % GROUP:
                     raise ConfigError(
-                        f"quantization is int4, which needs inputs in groups of {GROUP}; {name} has {inputs}: "
-                        "use int8 or None"
+                        f"quantization is int4, which needs inputs in groups of {GROUP}; {name} has "
+                        f"{inputs}: use int8 or None"
                     )
 
     def _allocate(self, max_tokens: int, max_logits: int) -> None:
@@ -217,7 +214,7 @@ class CpuProgram:
             for end in ends
         }
         self._quantizers = {
-            kind: compile_quantize(p.dtype, kind) for kind in {p.linear, p.head} if kind in ("int8", "int4")
+            kind: compile_quantize(p.dtype, kind) for kind in {p.linear, p.head} if kind in INTEGER_KINDS
         }
 
     def _rope(self, max_model_len: int) -> None:
@@ -257,14 +254,14 @@ class CpuProgram:
         item = ITEM_BYTES[self.precision.dtype]
         ops: list[Operation] = []
         a, a_stride = src, width * item
-        if packed.kind in ("int8", "int4"):
+        if packed.kind in INTEGER_KINDS:
             a, a_stride = self.int_rows, width
             ops.append((self._quantizers[packed.kind], [
                 src, width * item, a, a_stride, width, rows_index, 0, 0, self.int_scales, self.int_sums,
                 self.sums_stride]))  # fmt: skip
         steps = (
             packed.in_size // GROUP
-            if packed.kind in ("int8", "int4")
+            if packed.kind in INTEGER_KINDS
             else packed.in_size * ITEM_BYTES[packed.kind] // 4
         )
         ops.append((self._linear[packed.kind, end], [
@@ -272,7 +269,8 @@ class CpuProgram:
             packed.panel_bytes, packed.num_panels, steps,
             packed.scales.data_ptr() if packed.scales is not None else 0,
             self.buffers.table(packed.records), out, out_stride, rows_index,
-            self.step.token_adapter if has_adapters else 0, self.step.adapter_tables, layer, 0, 0]))  # fmt: skip
+            self.step.token_adapter if has_adapters else 0, self.step.adapter_tables, layer,
+            0, 0]))  # fmt: skip
         return ops
 
     def _pack(self, weights: list[Weight], kind: str, interleave: bool = False) -> PackedLinear:
@@ -309,8 +307,8 @@ class CpuProgram:
         def shrink(src: int, width: int, inputs: int, first: int, count: int) -> Operation:
             # an adapter's row is filled up with zeros to a cache line; what follows is anybody's
             return (self._shrink, [
-                src, width * item, padded(inputs, 64 // item), step.segments, step.adapter_tables, i, first, count,
-                0, 0])  # fmt: skip
+                src, width * item, padded(inputs, 64 // item), step.segments, step.adapter_tables, i, first,
+                count, 0, 0])  # fmt: skip
 
         heads = spec.num_heads * self.head_stride
         versions = []

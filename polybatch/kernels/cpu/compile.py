@@ -1,9 +1,9 @@
 """Compile operations once per machine and keep them on disk.
 
-An operation is a Python function over 64-bit addresses, compiled by numba to a C function. Its micro-kernels
-are emitted, so numba's own staleness check (the stamp of one source file) cannot see what it
-depends on: the cache folder is therefore named by a hash of every kernel source, the numba version
-and the instruction set. Deleting the folder is always safe.
+An operation is a Python function over 64-bit addresses, compiled by numba to a C function. Its
+micro-kernels are emitted, so numba's own staleness check (the stamp of one source file) cannot see
+what it depends on: the cache folder is therefore named by a hash of every kernel source, the versions
+of numba and llvmlite, and the instruction set. Deleting the folder is always safe.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from typing import Any
 
 import llvmlite.binding
 import numba
-from numba import config as numba_config
 from numba.core import types
 
 logger = logging.getLogger("polybatch.kernels")
+
+# numba's own annotations do not know these
+_cfunc: Any = numba.cfunc
+_numba_config: Any = numba.config
 
 OP_SIGNATURE = types.void(types.int64, types.int64, types.int64, types.int64)
 """op(args, state, tid, num_threads): addresses of the operation's row and of the step's state."""
@@ -32,7 +35,10 @@ OP_SIGNATURE = types.void(types.int64, types.int64, types.int64, types.int64)
 
 @functools.cache
 def detect_isa() -> str:
-    """ "avx512" where the bfloat16 and int8 dot products of AVX-512 exist, else "generic"."""
+    """Name of the widest instruction set that kernels have variants for: "avx512" or "generic".
+
+    "avx512" stands for AVX-512 with its dot products of bfloat16 and of int8.
+    """
     features = llvmlite.binding.get_host_cpu_features()
     needed = ("avx512f", "avx512bw", "avx512vl", "avx512bf16", "avx512vnni")
     return "avx512" if all(features.get(name, False) for name in needed) else "generic"
@@ -41,9 +47,8 @@ def detect_isa() -> str:
 @functools.cache
 def _source_digest() -> str:
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
-    for path in sorted(Path(__file__).parents[1].rglob("*cpu*/*.py")) + sorted(
-        Path(__file__).parents[1].rglob("cpu*.py")
-    ):
+    kernels = Path(__file__).parents[1]
+    for path in (*sorted(kernels.glob("cpu/*.py")), *sorted(kernels.glob("*/cpu*.py"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -82,6 +87,7 @@ def compile_function(
 
     name: unique per variant; with the sources' hash it is the whole identity of the code.
     bindings: micro-kernels and constants of this variant, put in place of the function's globals.
+    isa: "avx512" or "generic"; default, what this processor has.
     """
     isa = isa or detect_isa()
     key = f"{name}-{isa}"
@@ -91,12 +97,12 @@ def compile_function(
         bound = rebind(function, bindings or {}, key)
         folder = cache_root() / f"{_source_digest()}-{isa}" / name
         started = time.perf_counter()
-        previous = numba_config.CACHE_DIR
-        numba_config.CACHE_DIR = str(folder)
+        previous = _numba_config.CACHE_DIR
+        _numba_config.CACHE_DIR = str(folder)
         try:
-            compiled = numba.cfunc(signature, nopython=True, cache=True)(bound)
+            compiled = _cfunc(signature, nopython=True, cache=True)(bound)
         finally:
-            numba_config.CACHE_DIR = previous
+            _numba_config.CACHE_DIR = previous
         seconds = time.perf_counter() - started
         if seconds > 1.0:
             logger.info("compiled %s for %s in %.1f s; kept in %s", name, isa, seconds, folder.parent)

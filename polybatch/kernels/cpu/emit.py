@@ -30,6 +30,9 @@ V_I16 = ir.VectorType(I16, LANES)
 V_I8 = ir.VectorType(I8, LANES)
 V_I1 = ir.VectorType(ir.IntType(1), LANES)
 
+# numba's own helpers are untyped
+_insert_function: Any = cgutils.get_or_insert_function
+
 
 class _BFloat(ir.Type):  # type: ignore[misc]
     """llvmlite has no bfloat; the type is needed only to name the dot-product instruction."""
@@ -96,7 +99,7 @@ class Emitter:
 
     def intrinsic(self, name: str, result: Any, args: list[Any]) -> Any:
         kind = ir.FunctionType(result, [a.type for a in args])
-        return self.b.call(cgutils.get_or_insert_function(self.b.module, kind, name), args)
+        return self.b.call(_insert_function(self.b.module, kind, name), args)
 
     # memory
     def load(self, address: Any, kind: Any, align: int = 1) -> Any:
@@ -109,7 +112,7 @@ class Emitter:
         """Ask for the cache line at `address`, into the second level; never faults."""
         kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
         name = "llvm.prefetch.p0"
-        function = cgutils.get_or_insert_function(self.b.module, kind, name)
+        function = _insert_function(self.b.module, kind, name)
         pointer = self.b.inttoptr(address, I8.as_pointer())
         self.b.call(function, [pointer, *(ir.Constant(I32, v) for v in (0, 2, 1))])
 

@@ -5,14 +5,16 @@ atomic counter; between operations they meet at a barrier that only ever counts 
 no reset and a late thread can never miss it. Threads sleep between programs and spin inside one,
 yielding the processor when a wait gets long, so an oversubscribed machine still makes progress.
 
-An operation's row in the table (int64):   [function address, counter address, argument 0, 1, …]
-The state of a step (int64):               [what a program's kernels agree on …]
+An operation's row in the table is int64 [function address, counter address, argument 0, 1, …]; the
+state of a step is int64 too, and what its entries mean is `layout.py`'s to say.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,20 +29,26 @@ ROW = 32
 """int64 values in an operation's row."""
 ARGS = 2
 """Index of an operation's first own argument in its row."""
-STAMP = ROW - 1
-"""Index in a row of the time stamp at which the operation's barrier was passed."""
 COUNTER_STRIDE = 8
 """int64 values between tile counters: a cache line each."""
 
 _I64 = ir.IntType(64)
+
+# numba's own helpers are untyped
+_insert_function: Any = cgutils.get_or_insert_function
+
+
+def device_function(typer: Callable[..., Any], **options: Any) -> Any:
+    """numba's `intrinsic`: a function for compiled code, made of the LLVM that the typer's codegen emits."""
+    return intrinsic(**options)(typer) if options else intrinsic(typer)
 
 
 def _pointer(builder: Any, address: Any, kind: Any) -> Any:
     return builder.inttoptr(address, kind.as_pointer())
 
 
-@intrinsic
-def load_i64(typing_context, address, index):  # type: ignore[no-untyped-def]
+@device_function
+def load_i64(typing_context: Any, address: Any, index: Any) -> Any:
     """int64 number `index` of the array at `address`."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -50,8 +58,8 @@ def load_i64(typing_context, address, index):  # type: ignore[no-untyped-def]
     return types.int64(types.int64, types.int64), codegen
 
 
-@intrinsic
-def load_i32(typing_context, address, index):  # type: ignore[no-untyped-def]
+@device_function
+def load_i32(typing_context: Any, address: Any, index: Any) -> Any:
     """int32 number `index` of the array at `address`, widened."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -62,8 +70,8 @@ def load_i32(typing_context, address, index):  # type: ignore[no-untyped-def]
     return types.int64(types.int64, types.int64), codegen
 
 
-@intrinsic
-def load_f32(typing_context, address, index):  # type: ignore[no-untyped-def]
+@device_function
+def load_f32(typing_context: Any, address: Any, index: Any) -> Any:
     """float32 number `index` of the array at `address`."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -73,8 +81,8 @@ def load_f32(typing_context, address, index):  # type: ignore[no-untyped-def]
     return types.float32(types.int64, types.int64), codegen
 
 
-@intrinsic
-def store_f32(typing_context, address, index, value):  # type: ignore[no-untyped-def]
+@device_function
+def store_f32(typing_context: Any, address: Any, index: Any, value: Any) -> Any:
     """Put float32 `value` at number `index` of the array at `address`."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -85,8 +93,8 @@ def store_f32(typing_context, address, index, value):  # type: ignore[no-untyped
     return types.void(types.int64, types.int64, types.float32), codegen
 
 
-@intrinsic
-def store_i64(typing_context, address, index, value):  # type: ignore[no-untyped-def]
+@device_function
+def store_i64(typing_context: Any, address: Any, index: Any, value: Any) -> Any:
     """Put int64 `value` at number `index` of the array at `address`."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -97,8 +105,8 @@ def store_i64(typing_context, address, index, value):  # type: ignore[no-untyped
     return types.void(types.int64, types.int64, types.int64), codegen
 
 
-@intrinsic(prefer_literal=True)
-def stack_bytes(typing_context, size):  # type: ignore[no-untyped-def]
+@functools.partial(device_function, prefer_literal=True)
+def stack_bytes(typing_context: Any, size: Any) -> Any:
     """Address of `size` bytes (a literal) of 64-byte aligned stack, reserved at function entry."""
     if not isinstance(size, types.IntegerLiteral):
         return None
@@ -113,8 +121,8 @@ def stack_bytes(typing_context, size):  # type: ignore[no-untyped-def]
     return types.int64(size), codegen
 
 
-@intrinsic
-def claim(typing_context, address):  # type: ignore[no-untyped-def]
+@device_function
+def claim(typing_context: Any, address: Any) -> Any:
     """Atomically take the next number from the counter at `address`."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -123,8 +131,8 @@ def claim(typing_context, address):  # type: ignore[no-untyped-def]
     return types.int64(types.int64), codegen
 
 
-@intrinsic
-def load_acquire(typing_context, address):  # type: ignore[no-untyped-def]
+@device_function
+def load_acquire(typing_context: Any, address: Any) -> Any:
     """Atomically read the int64 at `address`."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -133,33 +141,35 @@ def load_acquire(typing_context, address):  # type: ignore[no-untyped-def]
     return types.int64(types.int64), codegen
 
 
-@intrinsic
-def relax(typing_context):  # type: ignore[no-untyped-def]
+@device_function
+def relax(typing_context: Any) -> Any:
     """Tell the processor that this is a spin loop."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         if builder.module.triple.startswith("x86"):
             kind = ir.FunctionType(ir.VoidType(), [])
-            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
+            builder.call(_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
         return context.get_dummy_value()
 
     return types.void(), codegen
 
 
-@intrinsic
-def yield_processor(typing_context):  # type: ignore[no-untyped-def]
+@device_function
+def yield_processor(typing_context: Any) -> Any:
     """sched_yield(2): let another thread run."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         kind = ir.FunctionType(ir.IntType(32), [])
-        builder.call(cgutils.get_or_insert_function(builder.module, kind, "sched_yield"), [])
+        builder.call(_insert_function(builder.module, kind, "sched_yield"), [])
         return context.get_dummy_value()
 
     return types.void(), codegen
 
 
-@intrinsic
-def call_operation(typing_context, function, args, state, tid, num_threads):  # type: ignore[no-untyped-def]
+@device_function
+def call_operation(
+    typing_context: Any, function: Any, args: Any, state: Any, tid: Any, num_threads: Any
+) -> Any:
     """Call the compiled operation at address `function`."""
 
     def codegen(context: Any, builder: Any, sig: Any, values: Any) -> Any:
@@ -168,17 +178,6 @@ def call_operation(typing_context, function, args, state, tid, num_threads):  # 
         return context.get_dummy_value()
 
     return types.void(*([types.int64] * 5)), codegen
-
-
-@intrinsic
-def cycles(typing_context):  # type: ignore[no-untyped-def]
-    """The processor's time stamp, in ticks of constant rate."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        kind = ir.FunctionType(_I64, [])
-        return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.readcyclecounter"), [])
-
-    return types.int64(), codegen
 
 
 _ROW_BYTES = ROW * 8
@@ -197,8 +196,6 @@ def _walk(ops: int, num_ops: int, state: int, barrier: int, met: int, tid: int, 
             spins += 1
             if spins > _SPINS:
                 yield_processor()
-        if tid == 0:
-            store_i64(row, STAMP, cycles())
 
 
 class Program:
@@ -211,8 +208,8 @@ class Program:
         self.counters = np.zeros(max(1, self.num_ops) * COUNTER_STRIDE, dtype=np.int64)
         base = self.counters.ctypes.data
         for i, (function, args) in enumerate(operations):
-            if len(args) > STAMP - ARGS:
-                raise EngineError(f"an operation has {len(args)} arguments; a row takes {STAMP - ARGS}")
+            if len(args) > ROW - ARGS:
+                raise EngineError(f"an operation has {len(args)} arguments; a row takes {ROW - ARGS}")
             self.table[i, 0] = function
             self.table[i, 1] = base + i * COUNTER_STRIDE * 8
             self.table[i, ARGS : ARGS + len(args)] = args
@@ -229,7 +226,7 @@ class Team:
         self._job: tuple[int, int, int, int] | None = None
         self._closed = False
         signature = types.void(*([types.int64] * 7))
-        walk = compile_function("walk", _walk, signature, {"_ROW_BYTES": _ROW_BYTES, "_SPINS": _SPINS})
+        walk = compile_function("walk", _walk, signature)
         self._walk = ctypes.CFUNCTYPE(None, *([ctypes.c_int64] * 7))(walk)
         self._starts = [threading.Semaphore(0) for _ in range(num_threads - 1)]
         self._threads = [
@@ -242,9 +239,14 @@ class Team:
     def run(self, program: Program, state: int, first: int = 0, last: int | None = None) -> None:
         """Run operations first … last - 1 (all) on every thread; returns when they are done.
 
-        state: address of the step's state.
+        state: address of the step's state. Raises EngineError once the team is closed.
         """
+        if self._closed:
+            raise EngineError("the team of threads is closed; a program needs a new one")
         num_ops = (program.num_ops if last is None else last) - first
+        # without a barrier a late worker could miss this program and run the next one twice
+        if num_ops <= 0:
+            return
         program.counters.fill(0)
         job = (program.address + first * _ROW_BYTES, num_ops, state, self._met)
         self._met += num_ops * self.num_threads

@@ -20,16 +20,12 @@ lies in a tile, so a token's result is bitwise independent of its batch.
 
 from __future__ import annotations
 
-import mmap
-from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numba
 import numpy as np
-import torch
 from llvmlite import ir
 
-from polybatch.errors import EngineError
 from polybatch.kernels.cpu.compile import compile_function, detect_isa, rebind
 from polybatch.kernels.cpu.emit import (
     I32,
@@ -51,16 +47,40 @@ from polybatch.kernels.cpu.layout import (
     MODULES,
     RANK,
     ROWS,
-    padded,
 )
 from polybatch.kernels.cpu.team import ARGS, claim, load_f32, load_i32, load_i64, stack_bytes, store_f32
-from polybatch.kernels.linear.quantize import Int4Weight, quantize_int4, quantize_int8
+from polybatch.kernels.linear.cpu_pack import INTEGER_KINDS, PANEL_FIELDS
+from polybatch.kernels.linear.quantize import GROUP
 
-KINDS = ("float32", "bfloat16", "int8", "int4")
-GROUP = 32
+if TYPE_CHECKING:
+    from polybatch.kernels.cpu.bound import (
+        AHEAD_BYTES,
+        DELTA_ITEM,
+        HALF_BYTES,
+        HALF_COLUMNS,
+        HALVES,
+        OUT_ITEM,
+        end_row,
+        expand1,
+        expand2,
+        expand4,
+        expand_rows,
+        finish_half,
+        tile1,
+        tile2,
+        tile3,
+        tile4,
+        tile5,
+        tile6,
+        tile_of,
+    )
+
 VECTORS = COLUMNS // LANES
 TILE_STRIDE = COLUMNS * 4
-HUGE_PAGE_BYTES = 2 << 20
+TILE_BYTES = ROWS * TILE_STRIDE
+NUM_MODULES = len(MODULES)
+MAX_BLOCK = 96
+"""Rows of a unit of work at most; their inputs stay in cache."""
 INT_LINES = 4
 """Cache lines of the next panel that an integer tile prefetches per group."""
 INT4_GROUP_BYTES = COLUMNS * GROUP // 2 + 2 * COLUMNS * 2
@@ -70,170 +90,8 @@ STORE, ADD, SILU_MUL = range(3)
 
 # Arguments of the operation, after the row's own two.
 (A_PTR, A_STRIDE, A_SCALES, A_SUMS, SUMS_STRIDE, W_PTR, PANEL_BYTES, NUM_PANELS, STEPS, W_SCALE, PANELS,
- OUT_PTR, OUT_STRIDE, ROWS_INDEX, TOKEN_ADAPTER, ADAPTER_TABLES, LAYER, H_PTR, H_STRIDE, NEXT_W, NEXT_PANEL_BYTES) = range(ARGS, ARGS + 21)  # fmt: skip
-
-# A panel's record (int64): column in the output buffer, then two halves (module index or -1, first
-# row of the module's weight, valid rows, address of the base bias or 0). Only SILU_MUL uses two.
-PANEL_FIELDS = 9
-
-
-@dataclass(slots=True)
-class PackedLinear:
-    """A weight matrix (or several stacked along `out`) in panels, with what its kernel needs beside.
-
-    data: uint8, 64-byte aligned. in_size: inputs, padded to the kernel's step. records: int64
-    [panels, PANEL_FIELDS]. scales: per padded output column, int8 only. keep: tensors whose
-    memory the records point to.
-    """
-
-    kind: str
-    in_size: int
-    num_panels: int
-    panel_bytes: int
-    data: torch.Tensor
-    records: np.ndarray[Any, np.dtype[np.int64]]
-    scales: torch.Tensor | None = None
-    keep: list[torch.Tensor] = field(default_factory=list)
-
-    @property
-    def nbytes(self) -> int:
-        return self.data.numel()
-
-
-def aligned_bytes(size: int) -> torch.Tensor:
-    """Zeroed uint8 tensor of `size` bytes at a 64-byte boundary, with at least 128 bytes of slack behind.
-
-    Large ones lie in huge pages where the system grants them; memory is taken when first touched.
-    """
-    if size >= HUGE_PAGE_BYTES:
-        area = mmap.mmap(-1, size + 2 * HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            area.madvise(mmap.MADV_HUGEPAGE)
-        raw, multiple = torch.frombuffer(area, dtype=torch.uint8), HUGE_PAGE_BYTES
-    else:
-        raw, multiple = torch.from_numpy(np.zeros(size + 4 * VECTOR_BYTES, dtype=np.uint8)), VECTOR_BYTES
-    start = -raw.data_ptr() % multiple
-    return raw[start : start + size]
-
-
-def _panels_of(weight: torch.Tensor, columns: int) -> torch.Tensor:
-    """[out, in] -> [panels, columns, in], zero-padded."""
-    out, inputs = weight.shape
-    full = torch.zeros(padded(out, columns), inputs, dtype=weight.dtype)
-    full[:out] = weight
-    return full.view(-1, columns, inputs)
-
-
-def _interleave(panels: torch.Tensor, group: int) -> torch.Tensor:
-    """[panels, columns, in] -> [panels, in / group, columns, group]: one 32-bit lane per column."""
-    count, columns, inputs = panels.shape
-    steps = -(-inputs // group)
-    if steps * group != inputs:
-        panels = torch.nn.functional.pad(panels, (0, steps * group - inputs))
-    return panels.view(count, columns, steps, group).transpose(1, 2).contiguous()
-
-
-def _pack_int4(q: Int4Weight, columns: int) -> torch.Tensor:
-    """Panels of [groups, (4 x columns x 4 bytes of nibble pairs, scales, minima)] as uint8.
-
-    Byte b of a lane in vector v holds input 8 v + b in its low and 8 v + 4 + b in its high nibble.
-    """
-    values = _panels_of(q.values, columns)
-    count, _, inputs = values.shape
-    groups = inputs // GROUP
-    lanes = values.view(count, columns, groups, 4, 2, 4).permute(0, 2, 3, 1, 4, 5)
-    nibbles = (lanes[..., 0, :] | (lanes[..., 1, :] << 4)).reshape(count, groups, -1)
-    parts = [nibbles]
-    for table in (q.scales, q.mins):
-        halves = _panels_of(table.to(torch.float16), columns).transpose(1, 2).contiguous()
-        parts.append(halves.view(torch.uint8).reshape(count, groups, -1))
-    return torch.cat(parts, dim=2)
-
-
-def pack(weights: list[Weight], kind: str, interleave_halves: bool = False) -> PackedLinear:
-    """Pack matrices that share their input, stacked along the output.
-
-    weights: each with its module index for adapters (-1: none) and its bias. With
-    `interleave_halves` there are two of equal shape, gate and up, and a panel holds 32 columns of each.
-    Output columns of every matrix start at a multiple of 64 (of 32 in the fused case).
-    """
-    width = COLUMNS // 2 if interleave_halves else COLUMNS
-    parts, scales, records, keep = [], [], [], []
-    column = 0
-    for w in weights:
-        matrix = w.matrix
-        if kind == "int8":
-            q8 = quantize_int8(matrix)
-            unsigned = (q8.values.to(torch.int16) + 128).to(torch.uint8)
-            unsigned = torch.nn.functional.pad(unsigned, (0, -unsigned.shape[1] % GROUP))
-            parts.append(_interleave(_panels_of(unsigned, width), 4))
-            scales.append(_panels_of(q8.scales.view(-1, 1).float(), width))
-        elif kind == "int4":
-            parts.append(_pack_int4(quantize_int4(matrix, GROUP), width))
-        elif kind == "bfloat16":
-            parts.append(_interleave(_panels_of(matrix.to(torch.bfloat16), width), 2))
-        elif kind == "float32":
-            parts.append(_interleave(_panels_of(matrix.float(), width), 1))
-        else:
-            raise EngineError(f"no kernel for weights of kind {kind!r}")
-        bias = 0
-        if w.bias is not None:
-            padded_bias = torch.zeros(padded(w.bias.numel()), dtype=torch.float32)
-            padded_bias[: w.bias.numel()] = w.bias.float()
-            keep.append(padded_bias)
-            bias = padded_bias.data_ptr()
-        out = matrix.shape[0]
-        for first in range(0, padded(out, width), width):
-            half = [w.module, first, min(width, out - first), bias + 4 * first if bias else 0]
-            records.append([column + first, *half])
-        column += padded(out, width)
-    in_size = padded(weights[0].matrix.shape[1], GROUP if kind in ("int8", "int4") else 4)
-    if interleave_halves:
-        gate, up = records[: len(records) // 2], records[len(records) // 2 :]
-        rows = [g + u[1:] for g, u in zip(gate, up, strict=True)]
-        axis = 3 if kind == "int4" else 2
-        data = _interleave_panels(parts, kind, axis)
-        scales = [torch.cat(scales, dim=1)] if scales else []
-    else:
-        rows = [r + [-1, 0, 0, 0] for r in records]
-        data = torch.cat(parts)
-    blob = data.contiguous().view(torch.uint8).reshape(-1)
-    packed = aligned_bytes(blob.numel())
-    packed.copy_(blob)
-    return PackedLinear(
-        kind=kind,
-        in_size=in_size,
-        num_panels=len(rows),
-        panel_bytes=blob.numel() // len(rows),
-        data=packed,
-        records=np.asarray(rows, dtype=np.int64),
-        scales=torch.cat(scales).reshape(-1).contiguous() if scales else None,
-        keep=keep,
-    )
-
-
-def _interleave_panels(parts: list[torch.Tensor], kind: str, axis: int) -> torch.Tensor:
-    """Put 32 columns of gate and 32 of up side by side in every panel."""
-    if kind != "int4":
-        return torch.cat(parts, dim=axis)
-    halves = []
-    for part in parts:  # [panels, groups, 4 * 32 * 4 + 2 * 32 * 2]
-        count, groups, _ = part.shape
-        nibbles = part[:, :, : 16 * 32].view(count, groups, 4, 32 * 4)
-        tables = part[:, :, 16 * 32 :].view(count, groups, 2, 32 * 2)
-        halves.append((nibbles, tables))
-    nibbles = torch.cat([h[0] for h in halves], dim=3).flatten(2)
-    tables = torch.cat([h[1] for h in halves], dim=3).flatten(2)
-    return torch.cat([nibbles, tables], dim=2)
-
-
-@dataclass(frozen=True, slots=True)
-class Weight:
-    """A matrix [out, in] on its way into `pack`, its adapter module index and its bias [out]."""
-
-    matrix: torch.Tensor
-    module: int = -1
-    bias: torch.Tensor | None = None
+ OUT_PTR, OUT_STRIDE, ROWS_INDEX, TOKEN_ADAPTER, ADAPTER_TABLES, LAYER, H_PTR, H_STRIDE, NEXT_W,
+ NEXT_PANEL_BYTES) = range(ARGS, ARGS + 21)  # fmt: skip
 
 
 # ---- micro-kernels
@@ -383,7 +241,7 @@ def _emit_expand(rows: int, vectors: int, dtype: str) -> Any:
 
 
 def _emit_rowwise(end: int, dtype: str) -> Any:
-    """Finish one row of a tile. Arguments: tile row, out address, column-bias address (0: none)."""
+    """Finish one row of a tile. Arguments: tile row, address of its columns in the output."""
 
     def emit(e: Emitter, x: list[Any]) -> None:
         tile, out = x
@@ -459,7 +317,18 @@ def _run(args: int, state: int, tid: int, num_threads: int) -> None:
                 end_row(tile + r * TILE_STRIDE, out + (m + r) * out_stride)
 
 
-def _finish_half(part, tile, m, rows, token_adapter, tables, layer, h_ptr, h_stride, ahead):  # type: ignore[no-untyped-def]
+def _finish_half(
+    part: int,
+    tile: int,
+    m: int,
+    rows: int,
+    token_adapter: int,
+    tables: int,
+    layer: int,
+    h_ptr: int,
+    h_stride: int,
+    ahead: int,
+) -> None:
     """Adapters' deltas, gains and biases on the columns of one module in a tile."""
     module, first, valid, bias = load_i64(part, 0), load_i64(part, 1), load_i64(part, 2), load_i64(part, 3)
     if token_adapter != 0 and module >= 0:
@@ -500,7 +369,9 @@ def _finish_half(part, tile, m, rows, token_adapter, tables, layer, h_ptr, h_str
                 store_f32(tile + r * TILE_STRIDE, c, np.float32(0))
 
 
-def _expand_rows(count, tile, h, h_stride, rank, table, offset, ahead):  # type: ignore[no-untyped-def]
+def _expand_rows(
+    count: int, tile: int, h: int, h_stride: int, rank: int, table: int, offset: int, ahead: int
+) -> None:
     r = 0
     while count - r >= 4:
         expand4(tile + r * TILE_STRIDE, h + r * h_stride, h_stride, rank, table, offset, ahead)
@@ -512,7 +383,19 @@ def _expand_rows(count, tile, h, h_stride, rank, table, offset, ahead):  # type:
         expand1(tile + r * TILE_STRIDE, h + r * h_stride, h_stride, rank, table, offset, ahead)
 
 
-def _tile_float(rows, a, a_stride, panel, tile, steps, scales, sums, sums_stride, w_scale, ahead):  # type: ignore[no-untyped-def]
+def _tile_float(
+    rows: int,
+    a: int,
+    a_stride: int,
+    panel: int,
+    tile: int,
+    steps: int,
+    scales: int,
+    sums: int,
+    sums_stride: int,
+    w_scale: int,
+    ahead: int,
+) -> None:
     if rows == 6:
         tile6(a, a_stride, panel, tile, steps, ahead)
     elif rows == 5:
@@ -527,16 +410,29 @@ def _tile_float(rows, a, a_stride, panel, tile, steps, scales, sums, sums_stride
         tile1(a, a_stride, panel, tile, steps, ahead)
 
 
-def _tile_int(rows, a, a_stride, panel, tile, steps, scales, sums, sums_stride, w_scale, ahead):  # type: ignore[no-untyped-def]
+def _tile_int(
+    rows: int,
+    a: int,
+    a_stride: int,
+    panel: int,
+    tile: int,
+    steps: int,
+    scales: int,
+    sums: int,
+    sums_stride: int,
+    w_scale: int,
+    ahead: int,
+) -> None:
     # integers and floats both want registers: from 4 rows on a tile is done in two halves of its columns
+    later = ahead + steps * INT_LINES * VECTOR_BYTES
     if rows == 6:
         tile6(a, a_stride, panel, tile, steps, scales, sums, sums_stride, w_scale, 0, ahead)
-        tile6(a, a_stride, panel, tile, steps, scales, sums, sums_stride, w_scale, 2, ahead + steps * INT_LINES * VECTOR_BYTES)
+        tile6(a, a_stride, panel, tile, steps, scales, sums, sums_stride, w_scale, 2, later)
         return
     r = 0
     if rows >= 4:
         tile4(a, a_stride, panel, tile, steps, scales, sums, sums_stride, w_scale, 0, ahead)
-        tile4(a, a_stride, panel, tile, steps, scales, sums, sums_stride, w_scale, 2, ahead + steps * INT_LINES * VECTOR_BYTES)
+        tile4(a, a_stride, panel, tile, steps, scales, sums, sums_stride, w_scale, 2, later)
         r = 4
     if rows - r >= 2:
         tile2(a + r * a_stride, a_stride, panel, tile + r * TILE_STRIDE, steps, scales + r * sums_stride,
@@ -557,7 +453,7 @@ def compile_linear(kind: str, end: int, out_dtype: str, delta_dtype: str, isa: s
     halves = 2 if end == SILU_MUL else 1
     half_columns = COLUMNS // halves
     bindings: dict[str, Any] = {}
-    if kind in ("int8", "int4"):
+    if kind in INTEGER_KINDS:
         for rows, vectors in ((1, 4), (2, 4), (4, 2), (6, 2)):
             bindings[f"tile{rows}"] = micro_kernel(11, _emit_tile_int(rows, vectors, kind), isa)
         tile = _tile_int
@@ -576,10 +472,7 @@ def compile_linear(kind: str, end: int, out_dtype: str, delta_dtype: str, isa: s
         "HALF_BYTES": half_columns * 4,
         "OUT_ITEM": ITEM_BYTES[out_dtype] if end == SILU_MUL else 4,
         "DELTA_ITEM": ITEM_BYTES[delta_dtype],
-        "TILE_BYTES": ROWS * TILE_STRIDE,
-        "NUM_MODULES": len(MODULES),
-        "MAX_BLOCK": 96,
-        "AHEAD_BYTES": VECTOR_BYTES * (2 * INT_LINES if kind in ("int8", "int4") else 1),
+        "AHEAD_BYTES": VECTOR_BYTES * (2 * INT_LINES if kind in INTEGER_KINDS else 1),
     }
     for name, function in (("tile_of", tile), ("expand_rows", _expand_rows), ("finish_half", _finish_half)):
         bindings[name] = numba.njit(rebind(function, bindings, f"{variant}-{isa}"))

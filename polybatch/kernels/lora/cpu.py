@@ -11,7 +11,7 @@ Each h is one dot product over vector lanes with a fixed reduction tree, whateve
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numba
 from llvmlite import ir
@@ -30,10 +30,14 @@ from polybatch.kernels.cpu.layout import (
 )
 from polybatch.kernels.cpu.team import ARGS, claim, load_i32, load_i64
 
+if TYPE_CHECKING:
+    from polybatch.kernels.cpu.bound import ITEM, prefetch_columns, shrink1, shrink2, shrink4, shrink_tokens
+
 SEGMENT_TOKENS = 16
 RANK_BLOCK = 4
+ALL_MODULES = len(MODULES)
 
-# Arguments after the row's own two. Modules FIRST_MODULE … + NUM_MODULES share the input.
+# Arguments after the row's own two. The MODULE_COUNT modules from FIRST_MODULE on share the input.
 X_PTR, X_STRIDE, WIDTH, SEGMENTS, ADAPTER_TABLES, LAYER, FIRST_MODULE, MODULE_COUNT, H_PTR, H_STRIDE = range(
     ARGS, ARGS + 10
 )
@@ -45,8 +49,8 @@ SEGMENT_FIELDS = 3
 def _emit_shrink(tokens: int, dtype: str) -> Any:
     """h[tokens, j…j+4] = x[tokens, :] . A[j…j+4, :].
 
-    Arguments: x, its row stride, address of 4 row addresses, how many of them count (1 to 4), number of vectors, h, its
-    row stride.
+    Arguments: x, its row stride, address of 4 row addresses, how many of them count (1 to 4), number of
+    vectors, h, its row stride.
     """
 
     def emit(e: Emitter, x: list[Any]) -> None:
@@ -117,11 +121,13 @@ def _shrink(args: int, state: int, tid: int, num_threads: int) -> None:
         for j in range(rank):  # the second half begins with the first columns of these
             prefetch_columns(load_i64(load_i64(entry, B_ROWS), j))
         for j in range(0, rank, RANK_BLOCK):
-            shrink_tokens(tokens, x, x_stride, load_i64(entry, A_ROWS) + 8 * j, min(RANK_BLOCK, rank - j), count,
-                          h + 4 * j, h_stride)  # fmt: skip
+            shrink_tokens(tokens, x, x_stride, load_i64(entry, A_ROWS) + 8 * j, min(RANK_BLOCK, rank - j),
+                          count, h + 4 * j, h_stride)  # fmt: skip
 
 
-def _shrink_tokens(tokens, x, x_stride, table, valid, count, h, h_stride):  # type: ignore[no-untyped-def]
+def _shrink_tokens(
+    tokens: int, x: int, x_stride: int, table: int, valid: int, count: int, h: int, h_stride: int
+) -> None:
     t = 0
     while tokens - t >= 4:
         shrink4(x + t * x_stride, x_stride, table, valid, count, h + t * h_stride, h_stride)
@@ -141,6 +147,5 @@ def compile_shrink(dtype: str, isa: str | None = None) -> int:
     }
     bindings["prefetch_columns"] = micro_kernel(1, _emit_prefetch(4), chosen)
     bindings["ITEM"] = ITEM_BYTES[dtype]
-    bindings["ALL_MODULES"] = len(MODULES)
     bindings["shrink_tokens"] = numba.njit(rebind(_shrink_tokens, bindings, f"{dtype}-{chosen}"))
     return compile_function(f"shrink-{dtype}", _shrink, bindings=bindings, isa=isa)

@@ -6,7 +6,7 @@ padded with zeros to 64 elements, so every row is a whole number of vectors.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llvmlite import ir
 
@@ -15,13 +15,15 @@ from polybatch.kernels.cpu.emit import F32, LANES, V_F32, V_I8, V_I32, VECTOR_BY
 from polybatch.kernels.cpu.layout import ITEM_BYTES
 from polybatch.kernels.cpu.team import ARGS, claim, load_i32, load_i64
 
+if TYPE_CHECKING:
+    from polybatch.kernels.cpu.bound import STEP, copy_row, norm_row, quantize_row, store_row
+
 BLOCK = 4
 """Rows that a thread claims at once."""
 
 # Arguments after the row's own two; each operation uses those it needs.
-SRC, SRC_STRIDE, DST, DST_STRIDE, WIDTH, ROWS_INDEX, INDEX_PTR, WEIGHT, SCALES, SUMS, SUMS_STRIDE, TRUE_WIDTH, EPS, ROW_COUNT = (
-    range(ARGS, ARGS + 14)
-)  # fmt: skip
+(SRC, SRC_STRIDE, DST, DST_STRIDE, WIDTH, ROWS_INDEX, INDEX_PTR, WEIGHT, SCALES, SUMS, SUMS_STRIDE,
+ TRUE_WIDTH, EPS, ROW_COUNT) = range(ARGS, ARGS + 14)  # fmt: skip
 STORE_BLOCK = 64
 """Adapter rows that a thread claims at once."""
 
@@ -196,12 +198,11 @@ def _emit_store(dtype: str) -> Any:
             tail = e.add(src, e.mul(steps, VECTOR_BYTES * vectors))
 
             def one(i: Any, carried: list[Any]) -> list[Any]:
-                bits = e.load(e.add(tail, e.mul(i, 4)), F32, 4)
-                value = e.splat(bits)
+                value = e.load(e.add(tail, e.mul(i, 4)), F32, 4)
                 if dtype == "float32":
-                    e.store(bits, e.add(at, e.mul(i, 4)), 4)
+                    e.store(value, e.add(at, e.mul(i, 4)), 4)
                 else:
-                    half = e.b.extract_element(e.f32_to_bf16(value), ir.Constant(ir.IntType(32), 0))
+                    half = e.b.extract_element(e.f32_to_bf16(e.splat(value)), ir.Constant(ir.IntType(32), 0))
                     e.store(half, e.add(at, e.mul(i, 2)), 2)
                 return carried
 
@@ -210,30 +211,27 @@ def _emit_store(dtype: str) -> Any:
     return emit
 
 
-_CONSTANTS = {"BLOCK": BLOCK, "LANES": LANES}
-
-
 def compile_embed(dtype: str, isa: str | None = None) -> int:
     """x[t] (float32) = table[tokens[t]] (dtype)."""
     micro = micro_kernel(3, _emit_copy(dtype), isa or detect_isa())
-    return compile_function(f"embed-{dtype}", _embed, bindings={**_CONSTANTS, "copy_row": micro}, isa=isa)
+    return compile_function(f"embed-{dtype}", _embed, bindings={"copy_row": micro}, isa=isa)
 
 
 def compile_norm(dtype: str, isa: str | None = None) -> int:
     """a[t] (dtype) = rms_norm(x[rows[t]], weight); rows 0 stands for all in order."""
     micro = micro_kernel(6, _emit_norm(dtype), isa or detect_isa())
-    return compile_function(f"norm-{dtype}", _norm, bindings={**_CONSTANTS, "norm_row": micro}, isa=isa)
+    return compile_function(f"norm-{dtype}", _norm, bindings={"norm_row": micro}, isa=isa)
 
 
 def compile_quantize(dtype: str, kind: str, isa: str | None = None) -> int:
     """Rows of `dtype` rounded for int8 or int4 weights, by the formula of `quantize_activations`."""
     micro = micro_kernel(5, _emit_quantize(dtype, kind), isa or detect_isa())
-    bindings = {**_CONSTANTS, "quantize_row": micro}
+    bindings = {"quantize_row": micro}
     return compile_function(f"quantize-{dtype}-{kind}", _quantize, bindings=bindings, isa=isa)
 
 
 def compile_store_rows(dtype: str, isa: str | None = None) -> int:
     """Rows of float32 at addresses SRC[i], WIDTH[i] elements long, to DST[i] as dtype, ROW_COUNT of them."""
     micro = micro_kernel(4, _emit_store(dtype), isa or detect_isa())
-    bindings = {"store_row": micro, "STEP": VECTOR_BYTES // ITEM_BYTES[dtype], "STORE_BLOCK": STORE_BLOCK}
+    bindings = {"store_row": micro, "STEP": VECTOR_BYTES // ITEM_BYTES[dtype]}
     return compile_function(f"store_rows-{dtype}", _store_rows, bindings=bindings, isa=isa)

@@ -1,10 +1,10 @@
 """Compiled ragged attention over paged keys and values.
 
 The unit of work is a tile: up to 12 query rows of one sequence and one key-value head, where a row
-is (token, query head of the group), against all keys that they may see. Keys come in
-blocks of 4 pages (64 tokens) at absolute positions; per block the tile takes scores, an online softmax step and
-the weighted sum of values. Because blocks lie at absolute positions and masked keys weigh exactly
-zero, a row's arithmetic is the same whatever tile, chunk or batch it is in.
+is (token, query head of the group), against all keys that they may see. Keys come in blocks of 4 pages (64
+tokens) at absolute positions; per block the tile takes scores, an online softmax step and the weighted
+sum of values. Because blocks lie at absolute positions and masked keys weigh exactly zero, a row's
+arithmetic is the same whatever tile, chunk or batch it is in.
 
 Sequences that share a prefix read the same pages one after the other, out of the cache.
 
@@ -14,7 +14,7 @@ Sources: online softmax (Milakov and Gimelshein 2018), FlashAttention-2 (Dao 202
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numba
 import numpy as np
@@ -37,10 +37,49 @@ from polybatch.kernels.cpu.layout import ITEM_BYTES, NUM_TILES, PAGE_TOKENS, pad
 from polybatch.kernels.cpu.team import ARGS, claim, load_i32, load_i64, stack_bytes, store_f32, store_i64
 from polybatch.kernels.write_kv.cpu import head_bytes
 
+if TYPE_CHECKING:
+    from polybatch.kernels.cpu.bound import (
+        DIMS,
+        GROUP,
+        HEAD_BYTES,
+        NUM_KV_HEADS,
+        OUT_SCRATCH,
+        Q_SCRATCH,
+        ROW_BYTES,
+        WEIGHT_BYTES,
+        WEIGHT_SCRATCH,
+        finish_row,
+        locate,
+        move_row,
+        move_weights,
+        round_up,
+        score_rows,
+        scores1,
+        scores2,
+        scores3,
+        scores4,
+        scores6,
+        scores8,
+        scores12,
+        softmax_row,
+        value_rows,
+        values1,
+        values2,
+        values3,
+        values4,
+        values6,
+        values8,
+        values12,
+    )
+
 TILE_ROWS = 12
 VARIANTS = (1, 2, 3, 4, 6, 8, 12)
 BLOCK_PAGES = 4
 BLOCK_TOKENS = BLOCK_PAGES * PAGE_TOKENS
+SCORE_SCRATCH = TILE_ROWS * BLOCK_TOKENS * 4
+STAT_SCRATCH = TILE_ROWS * 16
+MINUS_INFINITY = np.float32(-np.inf)
+ZERO = np.float32(0)
 
 # Arguments after the row's own two.
 Q_PTR, Q_STRIDE, OUT_PTR, OUT_STRIDE, PAGES, PAGE_BYTES, TILES, PAGE_TABLE, TABLE_STRIDE, WINDOW = range(
@@ -213,12 +252,8 @@ def _attend(args: int, state: int, tid: int, num_threads: int) -> None:
     q_ptr, q_stride = load_i64(args, Q_PTR), load_i64(args, Q_STRIDE)
     out_ptr, out_stride = load_i64(args, OUT_PTR), load_i64(args, OUT_STRIDE)
     pages, page_bytes = load_i64(args, PAGES), load_i64(args, PAGE_BYTES)
-    tiles, table, table_stride = (
-        load_i64(args, TILES),
-        load_i64(args, PAGE_TABLE),
-        load_i64(args, TABLE_STRIDE),
-    )
-    window = load_i64(args, WINDOW)
+    tiles, table = load_i64(args, TILES), load_i64(args, PAGE_TABLE)
+    table_stride, window = load_i64(args, TABLE_STRIDE), load_i64(args, WINDOW)
     q = stack_bytes(Q_SCRATCH)
     scores = stack_bytes(SCORE_SCRATCH)
     weights = stack_bytes(WEIGHT_SCRATCH)
@@ -258,20 +293,21 @@ def _attend(args: int, state: int, tid: int, num_threads: int) -> None:
         if window > 0:
             start = max(0, position + first_row // GROUP + 1 - window)
         first_block, last_block = start // BLOCK_TOKENS, (end + BLOCK_TOKENS - 1) // BLOCK_TOKENS
-        locate(page_row, first_block, end, pages + kv_head * HEAD_BYTES, page_bytes, keys, values)
+        head_pages = pages + kv_head * HEAD_BYTES
+        locate(page_row, first_block, end, head_pages, page_bytes, keys, values)
         for block in range(first_block, last_block):
             base = block * BLOCK_TOKENS
             num_pages = min(BLOCK_PAGES, (end - base + PAGE_TOKENS - 1) // PAGE_TOKENS)
             if block + 1 < last_block:
-                locate(page_row, block + 1, end, pages + kv_head * HEAD_BYTES, page_bytes, next_keys, next_values)
+                locate(page_row, block + 1, end, head_pages, page_bytes, next_keys, next_values)
             elif unit + num_threads < num_units:  # probably this thread's next tile, from its first block
                 guess = tiles + ((unit + num_threads) // NUM_KV_HEADS) * TILE_FIELDS * 4
                 guess_start = 0
                 if window > 0:
                     guess_start = max(0, load_i32(guess, 4) + load_i32(guess, 1) // GROUP + 1 - window)
-                head_base = pages + ((unit + num_threads) % NUM_KV_HEADS) * HEAD_BYTES
+                guess_pages = pages + ((unit + num_threads) % NUM_KV_HEADS) * HEAD_BYTES
                 locate(table + load_i32(guess, 0) * table_stride, guess_start // BLOCK_TOKENS,
-                       load_i32(guess, 4) + 1, head_base, page_bytes, next_keys, next_values)  # fmt: skip
+                       load_i32(guess, 4) + 1, guess_pages, page_bytes, next_keys, next_values)  # fmt: skip
             score_rows(variant, q, keys, scores, next_keys)
             for r in range(rows):
                 seen = position + (first_row + r) // GROUP + 1
@@ -292,7 +328,7 @@ def _attend(args: int, state: int, tid: int, num_threads: int) -> None:
             finish_row(out + r * DIMS * 4, stats + 16 * r, out_ptr + token * out_stride + head * ROW_BYTES)
 
 
-def _locate(page_row, block, end, base, page_bytes, keys, values):  # type: ignore[no-untyped-def]
+def _locate(page_row: int, block: int, end: int, base: int, page_bytes: int, keys: int, values: int) -> None:
     """Addresses of a block's keys and values; pages past the end repeat the last, and are masked."""
     num_pages = max(1, min(BLOCK_PAGES, (end - block * BLOCK_TOKENS + PAGE_TOKENS - 1) // PAGE_TOKENS))
     for i in range(BLOCK_PAGES):
@@ -301,7 +337,7 @@ def _locate(page_row, block, end, base, page_bytes, keys, values):  # type: igno
         store_i64(values, i, base + page * page_bytes + HEAD_BYTES // 2)
 
 
-def _round_up(rows):  # type: ignore[no-untyped-def]
+def _round_up(rows: int) -> int:
     if rows <= 4:
         return rows
     if rows <= 6:
@@ -311,7 +347,7 @@ def _round_up(rows):  # type: ignore[no-untyped-def]
     return 12
 
 
-def _dispatch_scores(variant, q, keys, scores, ahead):  # type: ignore[no-untyped-def]
+def _dispatch_scores(variant: int, q: int, keys: int, scores: int, ahead: int) -> None:
     if variant == 1:
         scores1(q, keys, scores, ahead)
     elif variant == 2:
@@ -328,7 +364,9 @@ def _dispatch_scores(variant, q, keys, scores, ahead):  # type: ignore[no-untype
         scores12(q, keys, scores, ahead)
 
 
-def _dispatch_values(variant, weights, values, num_pages, out, stats, ahead):  # type: ignore[no-untyped-def]
+def _dispatch_values(
+    variant: int, weights: int, values: int, num_pages: int, out: int, stats: int, ahead: int
+) -> None:
     if variant == 1:
         values1(weights, values, num_pages, out, stats, ahead)
     elif variant == 2:
@@ -366,12 +404,8 @@ def compile_attention(
         "HEAD_BYTES": head_bytes(head_dim, dtype),
         "WEIGHT_BYTES": weight_bytes,
         "Q_SCRATCH": TILE_ROWS * row_bytes,
-        "SCORE_SCRATCH": TILE_ROWS * BLOCK_TOKENS * 4,
         "WEIGHT_SCRATCH": TILE_ROWS * weight_bytes,
         "OUT_SCRATCH": TILE_ROWS * dims * 4,
-        "STAT_SCRATCH": TILE_ROWS * 16,
-        "MINUS_INFINITY": np.float32(-np.inf),
-        "ZERO": np.float32(0),
     }
     for rows in VARIANTS:
         bindings[f"scores{rows}"] = micro_kernel(4, _emit_scores(rows, head_dim, dtype), chosen)

@@ -1,7 +1,7 @@
 """Compiled rotation of queries and keys, and the scatter of keys and values into pages.
 
-Layout of a page for one key-value head, chosen so that a page's 16 tokens are the 16 lanes of a vector (D is the
-head size rounded up to 16, its padding zero; p is 2 elements for bfloat16, 1 for float32):
+Layout of a page for one key-value head, chosen so that a page's 16 tokens are the 16 lanes of a vector
+(D is the head size rounded up to 16, its padding zero; p is 2 elements for bfloat16, 1 for float32):
 
     keys   [D / p][16 tokens][p]      one 32-bit lane per token, for q . k
     values [16 / p][D][p]             one 32-bit lane per dimension, for weights . v
@@ -13,21 +13,39 @@ sum as a NaN times zero. Queries leave scaled by log2(e) / sqrt(head size), read
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llvmlite import ir
 
 from polybatch.kernels.cpu.compile import compile_function, detect_isa
-from polybatch.kernels.cpu.emit import F32, I16, I32, LANES, V_F32, VECTOR_BYTES, Emitter, micro_kernel
+from polybatch.kernels.cpu.emit import F32, I16, I32, LANES, V_F32, V_I1, VECTOR_BYTES, Emitter, micro_kernel
 from polybatch.kernels.cpu.layout import ITEM_BYTES, NUM_RUNS, PAGE_TOKENS, padded
 from polybatch.kernels.cpu.team import ARGS, claim, load_i32, load_i64, stack_bytes
 
+if TYPE_CHECKING:
+    from polybatch.kernels.cpu.bound import (
+        HEAD_BYTES,
+        HEAD_DIM,
+        NUM_HEADS,
+        NUM_KV_HEADS,
+        ROW_BYTES,
+        SCRATCH_BYTES,
+        clear_head,
+        scatter_key,
+        scatter_value,
+        store_row,
+        turn_head,
+    )
+
 # Arguments after the row's own two.
-(QKV, QKV_STRIDE, K_OFFSET, V_OFFSET, Q_OUT, Q_OUT_STRIDE, PAGES, PAGE_BYTES, RUNS, COS_SIN, POSITIONS, Q_NORM,
- K_NORM, EPS, Q_SCALE) = range(ARGS, ARGS + 15)  # fmt: skip
+(QKV, QKV_STRIDE, K_OFFSET, V_OFFSET, Q_OUT, Q_OUT_STRIDE, PAGES, PAGE_BYTES, RUNS, COS_SIN, POSITIONS,
+ Q_NORM, K_NORM, EPS, Q_SCALE) = range(ARGS, ARGS + 15)  # fmt: skip
 
 # A run's record (int32): first token, tokens, page, offset in the page.
 RUN_FIELDS = 4
+
+ONE_BITS = 0x3F800000
+"""1.0 as float32 bits: the factor of keys."""
 
 
 def head_bytes(head_dim: int, dtype: str) -> int:
@@ -47,10 +65,7 @@ def _emit_head(head_dim: int, has_norm: bool) -> Any:
     def emit(e: Emitter, x: list[Any]) -> None:
         src, dst, table, weight, eps_bits, factor_bits = x
         b = e.b
-        mask = [
-            ir.Constant(ir.VectorType(ir.IntType(1), LANES), [v * LANES + i < half for i in range(LANES)])
-            for v in range(vectors)
-        ]
+        mask = [ir.Constant(V_I1, [v * LANES + i < half for i in range(LANES)]) for v in range(vectors)]
 
         def part(base: Any, second: bool, v: int) -> Any:
             at = e.add(base, 4 * (half * second + v * LANES))
@@ -94,7 +109,7 @@ def _emit_store_row(width: int, dtype: str) -> Any:
             value = e.load(e.add(src, v * VECTOR_BYTES), V_F32, 4)
             valid = [v * LANES + i < width for i in range(LANES)]
             if not all(valid):
-                value = e.b.select(ir.Constant(ir.VectorType(ir.IntType(1), LANES), valid), value, e.zeros())
+                value = e.b.select(ir.Constant(V_I1, valid), value, e.zeros())
             e.store_as(value, e.add(dst, v * LANES * ITEM_BYTES[dtype]), dtype)
 
     return emit
@@ -196,14 +211,12 @@ def compile_write_kv(
         "scatter_key": micro_kernel(3, _emit_scatter(head_dim, dtype, True), chosen),
         "scatter_value": micro_kernel(3, _emit_scatter(head_dim, dtype, False), chosen),
         "clear_head": micro_kernel(1, _emit_clear(head_bytes(head_dim, dtype)), chosen),
-        "NUM_RUNS": NUM_RUNS,
         "NUM_HEADS": num_heads,
         "NUM_KV_HEADS": num_kv_heads,
         "HEAD_DIM": head_dim,
         "HEAD_BYTES": head_bytes(head_dim, dtype),
         "ROW_BYTES": padded(head_dim, LANES) * ITEM_BYTES[dtype],
         "SCRATCH_BYTES": 4 * (padded(head_dim, LANES) + 2 * LANES),
-        "ONE_BITS": 0x3F800000,
     }
     name = f"write_kv-{num_heads}-{num_kv_heads}-{head_dim}-{dtype}-{int(has_norm)}"
     return compile_function(name, _write_kv, bindings=bindings, isa=isa)

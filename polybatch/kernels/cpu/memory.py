@@ -1,0 +1,28 @@
+"""Memory for weights, buffers and pages: aligned, zeroed, in huge pages where large."""
+
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+import torch
+
+from polybatch.kernels.cpu.emit import VECTOR_BYTES
+
+HUGE_PAGE_BYTES = 2 << 20
+
+
+def aligned_bytes(size: int) -> torch.Tensor:
+    """Zeroed uint8 tensor of `size` bytes at a 64-byte boundary, with at least 128 bytes of slack behind.
+
+    Large ones lie in huge pages where the system grants them; memory is taken when first touched.
+    """
+    if size >= HUGE_PAGE_BYTES:
+        area = mmap.mmap(-1, size + 2 * HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            area.madvise(mmap.MADV_HUGEPAGE)
+        raw, multiple = torch.frombuffer(area, dtype=torch.uint8), HUGE_PAGE_BYTES
+    else:
+        raw, multiple = torch.from_numpy(np.zeros(size + 4 * VECTOR_BYTES, dtype=np.uint8)), VECTOR_BYTES
+    start = -raw.data_ptr() % multiple
+    return raw[start : start + size]

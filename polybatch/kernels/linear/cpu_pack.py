@@ -1,0 +1,170 @@
+"""Weights of a compiled linear layer, packed for its kernel: panels of 64 output columns.
+
+A panel holds its columns' weights in the order in which the kernel reads them: a 32-bit lane per
+column, 64 columns side by side, then the next 1, 2 or 4 inputs (float32, bfloat16, int8). Panels of int4
+weights go group by group, each with its nibbles, scales and minima.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from polybatch.errors import EngineError
+from polybatch.kernels.cpu.layout import COLUMNS, padded
+from polybatch.kernels.cpu.memory import aligned_bytes
+from polybatch.kernels.linear.quantize import GROUP, Int4Weight, quantize_int4, quantize_int8
+
+INTEGER_KINDS = ("int8", "int4")
+FLOAT_INPUTS = 4
+"""Inputs of a float weight are filled up with zeros to a multiple of this."""
+# A panel's record (int64): column in the output buffer, then two halves (module index or -1, first
+# row of the module's weight, valid rows, address of the base bias or 0). Only SILU_MUL uses two.
+PANEL_FIELDS = 9
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A matrix [out, in] on its way into `pack`, its adapter module index and its bias [out]."""
+
+    matrix: torch.Tensor
+    module: int = -1
+    bias: torch.Tensor | None = None
+
+
+@dataclass(slots=True)
+class PackedLinear:
+    """A weight matrix (or several stacked along `out`) in panels, with what its kernel needs beside.
+
+    data: uint8, 64-byte aligned. in_size: inputs, padded to the kernel's step. records: int64
+    [panels, PANEL_FIELDS]. scales: per padded output column, int8 only. keep: tensors whose
+    memory the records point to.
+    """
+
+    kind: str
+    in_size: int
+    num_panels: int
+    panel_bytes: int
+    data: torch.Tensor
+    records: np.ndarray[Any, np.dtype[np.int64]]
+    scales: torch.Tensor | None = None
+    keep: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.numel()
+
+
+def _whole_inputs(matrix: torch.Tensor, multiple: int = FLOAT_INPUTS) -> torch.Tensor:
+    """[out, in] with its inputs filled up with zeros, so that the kernel's last step reads no other panel."""
+    return torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % multiple))
+
+
+def _panels_of(weight: torch.Tensor, columns: int) -> torch.Tensor:
+    """[out, in] -> [panels, columns, in], zero-padded."""
+    out, inputs = weight.shape
+    full = torch.zeros(padded(out, columns), inputs, dtype=weight.dtype)
+    full[:out] = weight
+    return full.view(-1, columns, inputs)
+
+
+def _interleave(panels: torch.Tensor, group: int) -> torch.Tensor:
+    """[panels, columns, in] -> [panels, in / group, columns, group]: one 32-bit lane per column."""
+    count, columns, inputs = panels.shape
+    return panels.view(count, columns, inputs // group, group).transpose(1, 2).contiguous()
+
+
+def _pack_int4(q: Int4Weight, columns: int) -> torch.Tensor:
+    """Panels of [groups, (4 x columns x 4 bytes of nibble pairs, scales, minima)] as uint8.
+
+    Byte b of a lane in vector v holds input 8 v + b in its low and 8 v + 4 + b in its high nibble.
+    """
+    values = _panels_of(q.values, columns)
+    count, _, inputs = values.shape
+    groups = inputs // GROUP
+    lanes = values.view(count, columns, groups, 4, 2, 4).permute(0, 2, 3, 1, 4, 5)
+    nibbles = (lanes[..., 0, :] | (lanes[..., 1, :] << 4)).reshape(count, groups, -1)
+    parts = [nibbles]
+    for table in (q.scales, q.mins):
+        halves = _panels_of(table.to(torch.float16), columns).transpose(1, 2).contiguous()
+        parts.append(halves.view(torch.uint8).reshape(count, groups, -1))
+    return torch.cat(parts, dim=2)
+
+
+def pack(weights: list[Weight], kind: str, interleave_halves: bool = False) -> PackedLinear:
+    """Pack matrices that share their input, stacked along the output.
+
+    weights: each with its module index for adapters (-1: none) and its bias. With
+    `interleave_halves` there are two of equal shape, gate and up, and a panel holds 32 columns of each.
+    Output columns of every matrix start at a multiple of 64 (of 32 in the fused case).
+    """
+    width = COLUMNS // 2 if interleave_halves else COLUMNS
+    parts, scales, records, keep = [], [], [], []
+    column = 0
+    for w in weights:
+        matrix = w.matrix
+        if kind == "int8":
+            q8 = quantize_int8(matrix)
+            unsigned = (q8.values.to(torch.int16) + 128).to(torch.uint8)
+            parts.append(_interleave(_panels_of(_whole_inputs(unsigned, GROUP), width), 4))
+            scales.append(_panels_of(q8.scales.view(-1, 1).float(), width))
+        elif kind == "int4":
+            parts.append(_pack_int4(quantize_int4(matrix, GROUP), width))
+        elif kind == "bfloat16":
+            parts.append(_interleave(_panels_of(_whole_inputs(matrix).to(torch.bfloat16), width), 2))
+        elif kind == "float32":
+            parts.append(_interleave(_panels_of(_whole_inputs(matrix).float(), width), 1))
+        else:
+            raise EngineError(f"no kernel for weights of kind {kind!r}")
+        bias = 0
+        if w.bias is not None:
+            padded_bias = torch.zeros(padded(w.bias.numel()), dtype=torch.float32)
+            padded_bias[: w.bias.numel()] = w.bias.float()
+            keep.append(padded_bias)
+            bias = padded_bias.data_ptr()
+        out = matrix.shape[0]
+        for first in range(0, padded(out, width), width):
+            half = [w.module, first, min(width, out - first), bias + 4 * first if bias else 0]
+            records.append([column + first, *half])
+        column += padded(out, width)
+    in_size = padded(weights[0].matrix.shape[1], GROUP if kind in INTEGER_KINDS else FLOAT_INPUTS)
+    if interleave_halves:
+        gate, up = records[: len(records) // 2], records[len(records) // 2 :]
+        rows = [g + u[1:] for g, u in zip(gate, up, strict=True)]
+        axis = 3 if kind == "int4" else 2
+        data = _interleave_panels(parts, kind, axis)
+        scales = [torch.cat(scales, dim=1)] if scales else []
+    else:
+        rows = [[*r, -1, 0, 0, 0] for r in records]
+        data = torch.cat(parts)
+    blob = data.contiguous().view(torch.uint8).reshape(-1)
+    packed = aligned_bytes(blob.numel())
+    packed.copy_(blob)
+    return PackedLinear(
+        kind=kind,
+        in_size=in_size,
+        num_panels=len(rows),
+        panel_bytes=blob.numel() // len(rows),
+        data=packed,
+        records=np.asarray(rows, dtype=np.int64),
+        scales=torch.cat(scales).reshape(-1).contiguous() if scales else None,
+        keep=keep,
+    )
+
+
+def _interleave_panels(parts: list[torch.Tensor], kind: str, axis: int) -> torch.Tensor:
+    """Put 32 columns of gate and 32 of up side by side in every panel."""
+    if kind != "int4":
+        return torch.cat(parts, dim=axis)
+    halves = []
+    for part in parts:  # [panels, groups, 4 * 32 * 4 + 2 * 32 * 2]
+        count, groups, _ = part.shape
+        nibbles = part[:, :, : 16 * 32].view(count, groups, 4, 32 * 4)
+        tables = part[:, :, 16 * 32 :].view(count, groups, 2, 32 * 2)
+        halves.append((nibbles, tables))
+    nibbles = torch.cat([h[0] for h in halves], dim=3).flatten(2)
+    tables = torch.cat([h[1] for h in halves], dim=3).flatten(2)
+    return torch.cat([nibbles, tables], dim=2)
