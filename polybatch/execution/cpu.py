@@ -102,7 +102,7 @@ class CpuExecutor:
             weights, self._precision, addresses, max_num_tokens, max_num_tokens, max_model_len, progress
         )
         self._adapters = CpuAdapters(
-            spec, dtype, bytes_per_page, num_pages * bytes_per_page, self.arena.data_ptr(), self._team
+            spec, dtype, bytes_per_page, num_pages * bytes_per_page, self.arena.data_ptr(), self._team, max(256, 2 * max_num_seqs)
         )
 
     @property
@@ -153,11 +153,12 @@ class CpuExecutor:
             delta = adapters[adapter].embedding
             if delta is None:
                 continue
-            tokens = ids[rows].long()
-            if delta.full is not None:
-                x[rows, : self._spec.hidden_size] = delta.full[tokens]
-            elif delta.left is not None and delta.right is not None:
-                x[rows, : self._spec.hidden_size] += delta.left[tokens] @ delta.right
+            for row in range(rows.start, rows.stop):  # one by one, so that the batch cannot change the bits
+                token = int(ids[row])
+                if delta.full is not None:
+                    x[row, : self._spec.hidden_size] = delta.full[token]
+                elif delta.left is not None and delta.right is not None:
+                    x[row, : self._spec.hidden_size] += delta.left[token] @ delta.right
 
     def _rows_by_adapter(self) -> list[tuple[str, slice]]:
         addresses = {p.table.ctypes.data: digest for digest, p in self._adapters.placed.items()}
@@ -177,12 +178,12 @@ class CpuExecutor:
             count = {LogitRows.NONE: 0, LogitRows.LAST: 1, LogitRows.ALL: chunk.n_new}[chunk.logits]
             digest = chunk.seq.adapter.digest if chunk.seq.adapter is not None else None
             delta: VocabularyDelta | None = adapters[digest].lm_head if digest is not None else None
-            if delta is not None and count:
-                states = hidden[row : row + count].float()
-                if delta.full is not None:
-                    logits[row : row + count] = states @ delta.full.T
-                elif delta.left is not None and delta.right is not None:
-                    logits[row : row + count] += (states @ delta.right.T) @ delta.left.T
+            for at in range(row, row + count if delta is not None else row):
+                state = hidden[at].float().clone()
+                if delta is not None and delta.full is not None:
+                    logits[at] = delta.full @ state
+                elif delta is not None and delta.left is not None and delta.right is not None:
+                    logits[at] += delta.left @ (delta.right @ state)
             row += count
 
     def release(self, seq: Sequence) -> None:

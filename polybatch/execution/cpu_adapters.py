@@ -67,7 +67,10 @@ class PlacedAdapter:
 
 @dataclass(slots=True)
 class CpuAdapters:
-    """Adapters placed in one pool. base: address of the arena."""
+    """Adapters placed in one pool. base: address of the arena.
+
+    max_placed: adapters whose tables are kept, more than a step can use.
+    """
 
     spec: ModelSpec
     dtype: str
@@ -75,6 +78,7 @@ class CpuAdapters:
     layer_bytes: int
     base: int
     team: Team
+    max_placed: int
     placed: dict[str, PlacedAdapter] = field(default_factory=dict)
     _state: Int64s = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
 
@@ -84,9 +88,10 @@ class CpuAdapters:
 
     def load(self, weights: AdapterWeights, pages: tuple[int, ...]) -> None:
         """Copy an adapter's rows into these pages of every layer."""
-        placed = self.placed.get(weights.digest)
-        if placed is None:
-            placed = self.placed[weights.digest] = self._place(weights)
+        placed = self.placed.pop(weights.digest, None) or self._place(weights)
+        self.placed[weights.digest] = placed
+        while len(self.placed) > self.max_placed:  # oldest first; one still resident is placed again when used
+            del self.placed[next(iter(self.placed))]
         ids = np.asarray(pages, dtype=np.int64)
         if len(placed.rows):
             np.add(self.base + placed.layers * self.layer_bytes + ids[placed.pages] * self.page_bytes,
@@ -99,7 +104,9 @@ class CpuAdapters:
 
     def table(self, weights: AdapterWeights, pages: tuple[int, ...]) -> PlacedAdapter:
         """The tables of a resident adapter; loads it anew where the pages are not those it was loaded to."""
-        placed = self.placed.get(weights.digest)
+        placed = self.placed.pop(weights.digest, None)
+        if placed is not None:
+            self.placed[weights.digest] = placed  # the dict's order is the order of use
         if placed is None or placed.resident != pages:
             self.load(weights, pages)
             placed = self.placed[weights.digest]

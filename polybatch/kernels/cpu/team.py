@@ -1,9 +1,10 @@
 """A team of threads that runs a program of operations as one compiled call.
 
-Every thread walks the same table of operations. Inside an operation threads claim tiles from an
-atomic counter; between operations they meet at a barrier that only ever counts up, so that it needs
-no reset and a late thread can never miss it. Threads sleep between programs and spin inside one,
-yielding the processor when a wait gets long, so an oversubscribed machine still makes progress.
+Every thread walks the same table of operations. Inside an operation threads claim units of work from
+one atomic counter and report them done on another; an operation is over when all its units are done,
+whoever did them, so a thread that the system has put aside holds nobody up unless it sits on a unit.
+Only at a program's end do all threads meet, at a barrier that counts up and never needs a reset.
+Threads sleep between programs and spin inside one, yielding the processor when a wait gets long.
 
 An operation's row in the table is int64 [function address, counter address, argument 0, 1, …]; the
 state of a step is int64 too, and what its entries mean is `layout.py`'s to say.
@@ -17,6 +18,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
@@ -181,21 +183,34 @@ def call_operation(
 
 
 _ROW_BYTES = ROW * 8
-_SPINS = 20000
+_SPINS = 2000
+
+
+@numba.njit
+def wait_until(address: int, target: int) -> None:
+    """Spin until the int64 at `address` has reached `target`."""
+    spins = 0
+    while load_acquire(address) < target:
+        relax()
+        spins += 1
+        if spins > _SPINS:
+            yield_processor()
+
+
+@numba.njit
+def await_units(args: int, num_units: int) -> None:
+    """End of an operation: wait until all of its units are done. args: address of its row."""
+    wait_until(load_i64(args, 1) + 8, num_units)
 
 
 def _walk(ops: int, num_ops: int, state: int, barrier: int, met: int, tid: int, num_threads: int) -> None:
     for i in range(num_ops):
         row = ops + i * _ROW_BYTES
         call_operation(load_i64(row, 0), row, state, tid, num_threads)
-        met += num_threads
-        claim(barrier)
-        spins = 0
-        while load_acquire(barrier) < met:
-            relax()
-            spins += 1
-            if spins > _SPINS:
-                yield_processor()
+        if tid == 0:
+            store_i64(row, STAMP, cycles())
+    claim(barrier)
+    wait_until(barrier, met + num_threads)
 
 
 class Program:
@@ -249,7 +264,7 @@ class Team:
             return
         program.counters.fill(0)
         job = (program.address + first * _ROW_BYTES, num_ops, state, self._met)
-        self._met += num_ops * self.num_threads
+        self._met += self.num_threads
         self._job = job
         for start in self._starts:
             start.release()

@@ -48,7 +48,17 @@ from polybatch.kernels.cpu.layout import (
     RANK,
     ROWS,
 )
-from polybatch.kernels.cpu.team import ARGS, claim, load_f32, load_i32, load_i64, stack_bytes, store_f32
+from polybatch.kernels.cpu.team import (
+    ARGS,
+    await_units,
+    claim,
+    load_f32,
+    load_i32,
+    load_i64,
+    report_done,
+    stack_bytes,
+    store_f32,
+)
 from polybatch.kernels.linear.cpu_pack import INTEGER_KINDS, PANEL_FIELDS
 from polybatch.kernels.linear.quantize import GROUP
 
@@ -284,9 +294,10 @@ def _run(args: int, state: int, tid: int, num_threads: int) -> None:
     h_ptr, h_stride = load_i64(args, H_PTR), load_i64(args, H_STRIDE)
     next_w, next_panel_bytes = load_i64(args, NEXT_W), load_i64(args, NEXT_PANEL_BYTES)
     tile = stack_bytes(TILE_BYTES)
+    num_units = num_panels * blocks
     while True:
         unit = claim(load_i64(args, 1))
-        if unit >= num_panels * blocks:
+        if unit >= num_units:
             break
         p = unit // blocks
         first = (unit % blocks) * block
@@ -315,6 +326,8 @@ def _run(args: int, state: int, tid: int, num_threads: int) -> None:
                             h_ptr, h_stride, num_threads * HALF_COLUMNS * DELTA_ITEM)  # fmt: skip
             for r in range(rows):
                 end_row(tile + r * TILE_STRIDE, out + (m + r) * out_stride)
+        report_done(load_i64(args, 1))
+    await_units(args, num_units)
 
 
 def _finish_half(

@@ -28,7 +28,14 @@ from polybatch.kernels.cpu.layout import (
     NUM_SEGMENTS,
     RANK,
 )
-from polybatch.kernels.cpu.team import ARGS, claim, load_i32, load_i64
+from polybatch.kernels.cpu.team import (
+    ARGS,
+    await_units,
+    claim,
+    load_i32,
+    load_i64,
+    report_done,
+)
 
 if TYPE_CHECKING:
     from polybatch.kernels.cpu.bound import ITEM, prefetch_columns, shrink1, shrink2, shrink4, shrink_tokens
@@ -123,6 +130,8 @@ def _shrink(args: int, state: int, tid: int, num_threads: int) -> None:
         for j in range(0, rank, RANK_BLOCK):
             shrink_tokens(tokens, x, x_stride, load_i64(entry, A_ROWS) + 8 * j, min(RANK_BLOCK, rank - j),
                           count, h + 4 * j, h_stride)  # fmt: skip
+        report_done(load_i64(args, 1))
+    await_units(args, num_units)
 
 
 def _shrink_tokens(

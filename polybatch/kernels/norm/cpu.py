@@ -13,7 +13,14 @@ from llvmlite import ir
 from polybatch.kernels.cpu.compile import compile_function, detect_isa
 from polybatch.kernels.cpu.emit import F32, LANES, V_F32, V_I8, V_I32, VECTOR_BYTES, Emitter, micro_kernel
 from polybatch.kernels.cpu.layout import ITEM_BYTES
-from polybatch.kernels.cpu.team import ARGS, claim, load_i32, load_i64
+from polybatch.kernels.cpu.team import (
+    ARGS,
+    await_units,
+    claim,
+    load_i32,
+    load_i64,
+    report_done,
+)
 
 if TYPE_CHECKING:
     from polybatch.kernels.cpu.bound import STEP, copy_row, norm_row, quantize_row, store_row
@@ -124,6 +131,8 @@ def _embed(args: int, state: int, tid: int, num_threads: int) -> None:
             break
         for t in range(first, min(first + BLOCK, num_rows)):
             copy_row(src + load_i32(tokens, t) * src_stride, dst + t * dst_stride, vectors)
+        report_done(load_i64(args, 1))
+    await_units(args, (num_rows + BLOCK - 1) // BLOCK)
 
 
 def _norm(args: int, state: int, tid: int, num_threads: int) -> None:
@@ -142,6 +151,8 @@ def _norm(args: int, state: int, tid: int, num_threads: int) -> None:
             if rows != 0:
                 row = load_i32(rows, t)
             norm_row(src + row * src_stride, dst + t * dst_stride, weight, vectors, width, eps)
+        report_done(load_i64(args, 1))
+    await_units(args, (num_rows + BLOCK - 1) // BLOCK)
 
 
 def _quantize(args: int, state: int, tid: int, num_threads: int) -> None:
@@ -157,6 +168,8 @@ def _quantize(args: int, state: int, tid: int, num_threads: int) -> None:
         for t in range(first, min(first + BLOCK, num_rows)):
             quantize_row(src + t * src_stride, dst + t * dst_stride, scales + t * sums_stride,
                          sums + t * sums_stride, groups)  # fmt: skip
+        report_done(load_i64(args, 1))
+    await_units(args, (num_rows + BLOCK - 1) // BLOCK)
 
 
 def _store_rows(args: int, state: int, tid: int, num_threads: int) -> None:
@@ -169,6 +182,8 @@ def _store_rows(args: int, state: int, tid: int, num_threads: int) -> None:
         for t in range(first, min(first + STORE_BLOCK, num_rows)):
             width = load_i64(widths, t)
             store_row(load_i64(src, t), load_i64(dst, t), width // STEP, width % STEP)
+        report_done(load_i64(args, 1))
+    await_units(args, (num_rows + STORE_BLOCK - 1) // STORE_BLOCK)
 
 
 def _emit_store(dtype: str) -> Any:

@@ -34,7 +34,17 @@ from polybatch.kernels.cpu.emit import (
     micro_kernel,
 )
 from polybatch.kernels.cpu.layout import ITEM_BYTES, NUM_TILES, PAGE_TOKENS, padded
-from polybatch.kernels.cpu.team import ARGS, claim, load_i32, load_i64, stack_bytes, store_f32, store_i64
+from polybatch.kernels.cpu.team import (
+    ARGS,
+    await_units,
+    claim,
+    load_i32,
+    load_i64,
+    report_done,
+    stack_bytes,
+    store_f32,
+    store_i64,
+)
 from polybatch.kernels.write_kv.cpu import head_bytes
 
 if TYPE_CHECKING:
@@ -326,6 +336,8 @@ def _attend(args: int, state: int, tid: int, num_threads: int) -> None:
             token = first_token + (first_row + r) // GROUP
             head = kv_head * GROUP + (first_row + r) % GROUP
             finish_row(out + r * DIMS * 4, stats + 16 * r, out_ptr + token * out_stride + head * ROW_BYTES)
+        report_done(load_i64(args, 1))
+    await_units(args, num_units)
 
 
 def _locate(page_row: int, block: int, end: int, base: int, page_bytes: int, keys: int, values: int) -> None:

@@ -20,7 +20,15 @@ from llvmlite import ir
 from polybatch.kernels.cpu.compile import compile_function, detect_isa
 from polybatch.kernels.cpu.emit import F32, I16, I32, LANES, V_F32, V_I1, VECTOR_BYTES, Emitter, micro_kernel
 from polybatch.kernels.cpu.layout import ITEM_BYTES, NUM_RUNS, PAGE_TOKENS, padded
-from polybatch.kernels.cpu.team import ARGS, claim, load_i32, load_i64, stack_bytes
+from polybatch.kernels.cpu.team import (
+    ARGS,
+    await_units,
+    claim,
+    load_i32,
+    load_i64,
+    report_done,
+    stack_bytes,
+)
 
 if TYPE_CHECKING:
     from polybatch.kernels.cpu.bound import (
@@ -198,6 +206,8 @@ def _write_kv(args: int, state: int, tid: int, num_threads: int) -> None:
                 scatter_key(row, head, offset + i)
                 store_row(source + v_offset + h * HEAD_DIM * 4, row)
                 scatter_value(row, head, offset + i)
+        report_done(load_i64(args, 1))
+    await_units(args, num_runs)
 
 
 def compile_write_kv(
