@@ -37,6 +37,7 @@ COUNTER_STRIDE = 8
 _I64 = ir.IntType(64)
 
 # numba's own helpers are untyped
+_njit: Any = numba.njit
 _insert_function: Any = cgutils.get_or_insert_function
 
 
@@ -134,6 +135,18 @@ def claim(typing_context: Any, address: Any) -> Any:
 
 
 @device_function
+def report_done(typing_context: Any, address: Any) -> Any:
+    """Atomically count one unit as done, on the counter behind the one at `address`."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        done = _pointer(builder, builder.add(args[0], ir.Constant(_I64, 8)), _I64)
+        builder.atomic_rmw("add", done, ir.Constant(_I64, 1), "acq_rel")
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@device_function
 def load_acquire(typing_context: Any, address: Any) -> Any:
     """Atomically read the int64 at `address`."""
 
@@ -186,7 +199,7 @@ _ROW_BYTES = ROW * 8
 _SPINS = 2000
 
 
-@numba.njit
+@_njit
 def wait_until(address: int, target: int) -> None:
     """Spin until the int64 at `address` has reached `target`."""
     spins = 0
@@ -197,7 +210,7 @@ def wait_until(address: int, target: int) -> None:
             yield_processor()
 
 
-@numba.njit
+@_njit
 def await_units(args: int, num_units: int) -> None:
     """End of an operation: wait until all of its units are done. args: address of its row."""
     wait_until(load_i64(args, 1) + 8, num_units)
@@ -207,8 +220,6 @@ def _walk(ops: int, num_ops: int, state: int, barrier: int, met: int, tid: int, 
     for i in range(num_ops):
         row = ops + i * _ROW_BYTES
         call_operation(load_i64(row, 0), row, state, tid, num_threads)
-        if tid == 0:
-            store_i64(row, STAMP, cycles())
     claim(barrier)
     wait_until(barrier, met + num_threads)
 
