@@ -9,7 +9,17 @@ import pytest
 
 from polybatch.errors import EngineError
 from polybatch.kernels.cpu.compile import cache_root, compile_function, rebind
-from polybatch.kernels.cpu.team import ARGS, ROW, Program, Team, claim, load_i64, store_i64
+from polybatch.kernels.cpu.team import (
+    ARGS,
+    ROW,
+    Program,
+    Team,
+    await_units,
+    claim,
+    load_i64,
+    report_done,
+    store_i64,
+)
 
 TILES = 50
 
@@ -23,6 +33,8 @@ def _double_tiles(args, state, tid, num_threads):
         claim(load_i64(args, ARGS + 2) + 8 * i)
         value = 2 * load_i64(load_i64(args, ARGS), i) + load_i64(state, 0)
         store_i64(load_i64(args, ARGS + 1), TILES - 1 - i, value)
+        report_done(load_i64(args, 1))
+    await_units(args, TILES)
 
 
 def _store_value(args, state, tid, num_threads):
