@@ -37,7 +37,6 @@ COUNTER_STRIDE = 8
 _I64 = ir.IntType(64)
 
 # numba's own helpers are untyped
-_njit: Any = numba.njit
 _insert_function: Any = cgutils.get_or_insert_function
 
 
@@ -199,8 +198,7 @@ _ROW_BYTES = ROW * 8
 _SPINS = 2000
 
 
-@_njit
-def wait_until(address: int, target: int) -> None:
+def _wait_until(address: int, target: int) -> None:
     """Spin until the int64 at `address` has reached `target`."""
     spins = 0
     while load_acquire(address) < target:
@@ -210,10 +208,15 @@ def wait_until(address: int, target: int) -> None:
             yield_processor()
 
 
-@_njit
-def await_units(args: int, num_units: int) -> None:
+wait_until: Any = numba.njit(_wait_until)
+
+
+def _await_units(args: int, num_units: int) -> None:
     """End of an operation: wait until all of its units are done. args: address of its row."""
     wait_until(load_i64(args, 1) + 8, num_units)
+
+
+await_units: Any = numba.njit(_await_units)
 
 
 def _walk(ops: int, num_ops: int, state: int, barrier: int, met: int, tid: int, num_threads: int) -> None:

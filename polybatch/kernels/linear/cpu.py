@@ -59,7 +59,7 @@ from polybatch.kernels.cpu.team import (
     stack_bytes,
     store_f32,
 )
-from polybatch.kernels.linear.cpu_pack import INTEGER_KINDS, PANEL_FIELDS
+from polybatch.kernels.linear.cpu_pack import INT4_GROUP_BYTES, INTEGER_KINDS, PANEL_FIELDS
 from polybatch.kernels.linear.quantize import GROUP
 
 if TYPE_CHECKING:
@@ -93,7 +93,6 @@ MAX_BLOCK = 96
 """Rows of a unit of work at most; their inputs stay in cache."""
 INT_LINES = 4
 """Cache lines of the next panel that an integer tile prefetches per group."""
-INT4_GROUP_BYTES = COLUMNS * GROUP // 2 + 2 * COLUMNS * 2
 
 # How a tile ends.
 STORE, ADD, SILU_MUL = range(3)

@@ -35,6 +35,19 @@ class Weight:
     bias: torch.Tensor | None = None
 
 
+INT4_GROUP_BYTES = COLUMNS * GROUP // 2 + 2 * COLUMNS * 2
+"""A group of a panel of int4 weights: nibbles, then float16 scales and minima."""
+PANEL_COLUMN_BYTES = {
+    "float32": 4.0,
+    "bfloat16": 2.0,
+    "int8": 1.0,
+    "int4": INT4_GROUP_BYTES / COLUMNS / GROUP,
+}
+"""Bytes per weight as packed."""
+SLICE_ROWS = 4096
+"""Output rows packed at a time; a multiple of a panel's columns."""
+
+
 @dataclass(slots=True)
 class PackedLinear:
     """A weight matrix (or several stacked along `out`) in panels, with what its kernel needs beside.
@@ -99,66 +112,85 @@ def pack(weights: list[Weight], kind: str, interleave_halves: bool = False) -> P
 
     weights: each with its module index for adapters (-1: none) and its bias. With
     `interleave_halves` there are two of equal shape, gate and up, and a panel holds 32 columns of each.
-    Output columns of every matrix start at a multiple of 64 (of 32 in the fused case).
+    Output columns of every matrix start at a multiple of 64 (of 32 in the fused case). Works slice by
+    slice, so that packing a vocabulary takes little more memory than its result.
     """
+    if kind not in PANEL_COLUMN_BYTES:
+        raise EngineError(f"no kernel for weights of kind {kind!r}")
     width = COLUMNS // 2 if interleave_halves else COLUMNS
-    parts, scales, records, keep = [], [], [], []
+    in_size = padded(weights[0].matrix.shape[1], GROUP if kind in INTEGER_KINDS else FLOAT_INPUTS)
+    panel_bytes = int(COLUMNS * in_size * PANEL_COLUMN_BYTES[kind])
+    records, keep = _records(weights, width)
+    if interleave_halves:
+        gate, up = records[: len(records) // 2], records[len(records) // 2 :]
+        rows = [g + u[1:] for g, u in zip(gate, up, strict=True)]
+    else:
+        rows = [[*r, -1, 0, 0, 0] for r in records]
+    packed = aligned_bytes(panel_bytes * len(rows))
+    scales: list[torch.Tensor] = []
+    at = 0
+    for stacked in [weights] if interleave_halves else [[w] for w in weights]:
+        for first in range(0, stacked[0].matrix.shape[0], SLICE_ROWS):
+            parts = [_pack_slice(w.matrix[first : first + SLICE_ROWS], kind, width) for w in stacked]
+            blob = _interleave_panels([panels for panels, _ in parts], kind)
+            blob = blob.contiguous().view(torch.uint8).reshape(-1)
+            packed[at : at + blob.numel()] = blob
+            at += blob.numel()
+            if kind == "int8":
+                scales.append(torch.cat([scale for _, scale in parts], dim=1).reshape(-1))
+    return PackedLinear(
+        kind=kind,
+        in_size=in_size,
+        num_panels=len(rows),
+        panel_bytes=panel_bytes,
+        data=packed,
+        records=np.asarray(rows, dtype=np.int64),
+        scales=torch.cat(scales).contiguous() if scales else None,
+        keep=keep,
+    )
+
+
+def _records(weights: list[Weight], width: int) -> tuple[list[list[int]], list[torch.Tensor]]:
+    """(column, module, first row, valid rows, bias address) of every panel half; tensors to keep alive."""
+    records: list[list[int]] = []
+    keep: list[torch.Tensor] = []
     column = 0
     for w in weights:
-        matrix = w.matrix
-        if kind == "int8":
-            q8 = quantize_int8(matrix)
-            unsigned = (q8.values.to(torch.int16) + 128).to(torch.uint8)
-            parts.append(_interleave(_panels_of(_whole_inputs(unsigned, GROUP), width), 4))
-            scales.append(_panels_of(q8.scales.view(-1, 1).float(), width))
-        elif kind == "int4":
-            parts.append(_pack_int4(quantize_int4(matrix, GROUP), width))
-        elif kind == "bfloat16":
-            parts.append(_interleave(_panels_of(_whole_inputs(matrix).to(torch.bfloat16), width), 2))
-        elif kind == "float32":
-            parts.append(_interleave(_panels_of(_whole_inputs(matrix).float(), width), 1))
-        else:
-            raise EngineError(f"no kernel for weights of kind {kind!r}")
         bias = 0
         if w.bias is not None:
             padded_bias = torch.zeros(padded(w.bias.numel()), dtype=torch.float32)
             padded_bias[: w.bias.numel()] = w.bias.float()
             keep.append(padded_bias)
             bias = padded_bias.data_ptr()
-        out = matrix.shape[0]
+        out = w.matrix.shape[0]
         for first in range(0, padded(out, width), width):
-            half = [w.module, first, min(width, out - first), bias + 4 * first if bias else 0]
-            records.append([column + first, *half])
+            at_bias = bias + 4 * first if bias else 0
+            records.append([column + first, w.module, first, min(width, out - first), at_bias])
         column += padded(out, width)
-    in_size = padded(weights[0].matrix.shape[1], GROUP if kind in INTEGER_KINDS else FLOAT_INPUTS)
-    if interleave_halves:
-        gate, up = records[: len(records) // 2], records[len(records) // 2 :]
-        rows = [g + u[1:] for g, u in zip(gate, up, strict=True)]
-        axis = 3 if kind == "int4" else 2
-        data = _interleave_panels(parts, kind, axis)
-        scales = [torch.cat(scales, dim=1)] if scales else []
-    else:
-        rows = [[*r, -1, 0, 0, 0] for r in records]
-        data = torch.cat(parts)
-    blob = data.contiguous().view(torch.uint8).reshape(-1)
-    packed = aligned_bytes(blob.numel())
-    packed.copy_(blob)
-    return PackedLinear(
-        kind=kind,
-        in_size=in_size,
-        num_panels=len(rows),
-        panel_bytes=blob.numel() // len(rows),
-        data=packed,
-        records=np.asarray(rows, dtype=np.int64),
-        scales=torch.cat(scales).reshape(-1).contiguous() if scales else None,
-        keep=keep,
+    return records, keep
+
+
+def _pack_slice(matrix: torch.Tensor, kind: str, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Panels of `width` columns from some rows of a matrix, and the columns' scales (int8) or nothing."""
+    if kind == "int8":
+        q8 = quantize_int8(matrix)
+        unsigned = q8.values.view(torch.uint8) ^ 128  # value + 128 in eight bits
+        panels = _interleave(_panels_of(_whole_inputs(unsigned, GROUP), width), 4)
+        return panels, _panels_of(q8.scales.view(-1, 1).float(), width)
+    if kind == "int4":
+        return _pack_int4(quantize_int4(matrix, GROUP), width), torch.empty(0)
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    return _interleave(_panels_of(_whole_inputs(matrix.to(dtype)), width), 4 // dtype.itemsize), torch.empty(
+        0
     )
 
 
-def _interleave_panels(parts: list[torch.Tensor], kind: str, axis: int) -> torch.Tensor:
-    """Put 32 columns of gate and 32 of up side by side in every panel."""
+def _interleave_panels(parts: list[torch.Tensor], kind: str) -> torch.Tensor:
+    """Put 32 columns of gate and 32 of up side by side in every panel; one part stays as it is."""
+    if len(parts) == 1:
+        return parts[0]
     if kind != "int4":
-        return torch.cat(parts, dim=axis)
+        return torch.cat(parts, dim=2)
     halves = []
     for part in parts:  # [panels, groups, 4 * 32 * 4 + 2 * 32 * 2]
         count, groups, _ = part.shape
