@@ -102,7 +102,13 @@ class CpuExecutor:
             weights, self._precision, addresses, max_num_tokens, max_num_tokens, max_model_len, progress
         )
         self._adapters = CpuAdapters(
-            spec, dtype, bytes_per_page, num_pages * bytes_per_page, self.arena.data_ptr(), self._team, max(256, 2 * max_num_seqs)
+            spec,
+            dtype,
+            bytes_per_page,
+            num_pages * bytes_per_page,
+            self.arena.data_ptr(),
+            self._team,
+            max(256, 2 * max_num_seqs),
         )
 
     @property

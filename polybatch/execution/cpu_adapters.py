@@ -90,7 +90,8 @@ class CpuAdapters:
         """Copy an adapter's rows into these pages of every layer."""
         placed = self.placed.pop(weights.digest, None) or self._place(weights)
         self.placed[weights.digest] = placed
-        while len(self.placed) > self.max_placed:  # oldest first; one still resident is placed again when used
+        # oldest first; one still resident is placed again when used
+        while len(self.placed) > self.max_placed:
             del self.placed[next(iter(self.placed))]
         ids = np.asarray(pages, dtype=np.int64)
         if len(placed.rows):
