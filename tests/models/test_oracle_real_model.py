@@ -2,7 +2,7 @@
 
 transformers reads the same GGUF file. It is given the engine's tokens and says at every position what it
 would have chosen: where no token differs, its own greedy output is the same text; where one does, the
-comparison goes on behind the engine's token. Skipped unless the model is cached.
+comparison goes on behind the engine's token.
 """
 
 from __future__ import annotations
@@ -18,10 +18,8 @@ import torch
 
 from polybatch.engine.equivalence import NEAR_TIE
 from polybatch.engine.llm import LLM
-from polybatch.models.builtin import builtin_path
 from polybatch.request import SamplingParams
 
-MODEL = "smollm2-135m-instruct"
 QUESTIONS = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "spec_bench_even.jsonl"
 NUM_PROMPTS, NUM_TOKENS = 32, 64
 MAX_NEAR_TIES = 2
@@ -73,25 +71,17 @@ def questions() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def file() -> Path:
-    path = builtin_path(MODEL)
-    if not path.is_file():
-        pytest.skip(f"{MODEL} is not in the cache; `polybatch info` fetches it")
-    return path
-
-
-@pytest.fixture(scope="module")
-def oracle(file: Path) -> Any:
+def oracle(real_model: Path) -> Any:
     from transformers import LlamaForCausalLM
 
     return LlamaForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32, attn_implementation="eager"
+        real_model.parent, gguf_file=real_model.name, dtype=torch.float32, attn_implementation="eager"
     ).eval()
 
 
 @pytest.fixture(scope="module")
-def llm(file: Path) -> Iterator[LLM]:
-    with LLM(MODEL, dtype="float32", max_model_len=512, memory="512MiB", threads=1) as llm:
+def llm(real_model: Path) -> Iterator[LLM]:
+    with LLM(str(real_model), dtype="float32", max_model_len=512, memory="512MiB", threads=1) as llm:
         yield llm
 
 
