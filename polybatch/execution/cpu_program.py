@@ -20,7 +20,7 @@ import torch
 from polybatch.errors import ConfigError
 from polybatch.kernels.cpu.emit import LANES, LOG2_E
 from polybatch.kernels.cpu.layout import ITEM_BYTES, NUM_LOGITS, NUM_TOKENS, padded
-from polybatch.kernels.cpu.memory import aligned_bytes
+from polybatch.kernels.cpu.memory import aligned_bytes, release_free_memory
 from polybatch.kernels.cpu.team import Program
 from polybatch.kernels.linear.cpu import (
     ADD,
@@ -154,9 +154,11 @@ class CpuProgram:
             with_adapters, without = self._layer(index, weights.layer(index))
             plain += without
             adapted += with_adapters
+            release_free_memory()
             if progress is not None:
                 progress(index + 1, spec.num_layers)
         head = self._head(weights)
+        release_free_memory()
         self.plain = Program(plain + head)
         self.adapted = Program(adapted + head)
         for program in (self.plain, self.adapted):
