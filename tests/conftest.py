@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,3 +23,14 @@ def real_model() -> Path:
         return fetch_builtin("smollm2-135m-instruct", progress=print)
     except ModelError as error:
         pytest.skip(f"needs the demo's model: {error}")
+
+
+@pytest.fixture(scope="session")
+def real_oracle(real_model: Path) -> Any:
+    """The demo's model as transformers reads it from the same file, in float32. Leave it as it was."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(
+        real_model.parent, gguf_file=real_model.name, dtype=torch.float32, attn_implementation="eager"
+    ).eval()

@@ -71,15 +71,6 @@ def questions() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def oracle(real_model: Path) -> Any:
-    from transformers import LlamaForCausalLM
-
-    return LlamaForCausalLM.from_pretrained(
-        real_model.parent, gguf_file=real_model.name, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-
-
-@pytest.fixture(scope="module")
 def llm(real_model: Path) -> Iterator[LLM]:
     with LLM(str(real_model), dtype="float32", max_model_len=512, memory="512MiB", threads=1) as llm:
         yield llm
@@ -112,20 +103,20 @@ def compare(llm: LLM, oracle: Any, prompts: list[str]) -> Comparison:
 
 
 @pytest.mark.parametrize("num_prompts", [8, pytest.param(NUM_PROMPTS, marks=pytest.mark.slow)])
-def test_greedy_tokens_equal_those_of_transformers(num_prompts: int, llm: LLM, oracle: Any) -> None:
-    found = compare(llm, oracle, questions()[:num_prompts])
+def test_greedy_tokens_equal_those_of_transformers(num_prompts: int, llm: LLM, real_oracle: Any) -> None:
+    found = compare(llm, real_oracle, questions()[:num_prompts])
     assert found.num_tokens == num_prompts * NUM_TOKENS
     assert found.num_wrong == 0
     assert found.num_near_ties <= MAX_NEAR_TIES
 
 
-def test_the_comparison_notices_a_wrong_weight(llm: LLM, oracle: Any) -> None:
-    weight = oracle.model.layers[20].mlp.down_proj.weight
+def test_the_comparison_notices_a_wrong_weight(llm: LLM, real_oracle: Any) -> None:
+    weight = real_oracle.model.layers[20].mlp.down_proj.weight
     kept = weight.detach().clone()
     with torch.no_grad():
         weight.mul_(1.1)
     try:
-        assert compare(llm, oracle, TEXTS[:3]).num_wrong > 0
+        assert compare(llm, real_oracle, TEXTS[:3]).num_wrong > 0
     finally:
         with torch.no_grad():
             weight.copy_(kept)
