@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,8 @@ PAGE_SIZE = 16
 MEMORY_SHARE = 0.25
 """Of the available memory, what the page pool may take unless told."""
 
+ADAPTER_MARGIN = 1.25
+"""Over the file's bytes, for the tails of pages."""
 _UNITS = {"B": 1} | {
     f"{prefix}{kind}": base ** (power + 1)
     for power, prefix in enumerate("KMGT")
@@ -91,11 +94,14 @@ class ResolvedConfig:
         return self.scheduler.max_num_batched_tokens + self.scheduler.max_num_seqs
 
 
-def resolve(config: EngineConfig, spec: ModelSpec, page_bytes: int, available_bytes: int) -> ResolvedConfig:
+def resolve(
+    config: EngineConfig, spec: ModelSpec, page_bytes: int, available_bytes: int, adapter_bytes: int = 0
+) -> ResolvedConfig:
     """Settle everything that was left to the engine.
 
     page_bytes: of one page in one layer, at the dtype that `resolve_dtype` gives.
-    available_bytes: memory that is free on the machine.
+    available_bytes: memory that is free on the machine. adapter_bytes: what the adapters known now would
+    take; a pool sized for sequences alone would have them crowd each other out.
     Raises ConfigError if the pool cannot hold one sequence, or max_model_len exceeds the model's.
     """
     if config.max_model_len is not None and config.max_model_len > spec.max_position:
@@ -107,9 +113,8 @@ def resolve(config: EngineConfig, spec: ModelSpec, page_bytes: int, available_by
     pages_per_seq = -(-wanted_len // PAGE_SIZE)
     all_layers = page_bytes * spec.num_layers
     if config.memory is None:
-        num_pages = min(
-            int(MEMORY_SHARE * available_bytes) // all_layers, pages_per_seq * config.max_num_seqs
-        )
+        wanted = pages_per_seq * config.max_num_seqs + -(-adapter_bytes // all_layers)
+        num_pages = min(int(MEMORY_SHARE * available_bytes) // all_layers, wanted)
     else:
         num_pages = parse_bytes(config.memory) // all_layers
     if num_pages < 2 or (config.max_model_len is not None and num_pages < pages_per_seq):
@@ -134,6 +139,16 @@ def resolve(config: EngineConfig, spec: ModelSpec, page_bytes: int, available_by
             enable_prefix_caching=config.enable_prefix_caching,
         ),
     )
+
+
+def adapter_bytes(paths: Iterable[str | Path], dtype: str) -> int:
+    """Bytes of the pool that these PEFT folders will take, a little generously, judged by their files' sizes.
+
+    Folders without the file count nothing: registering them says what is wrong.
+    """
+    files = [Path(path) / "adapter_model.safetensors" for path in paths]
+    stored = sum(file.stat().st_size for file in files if file.is_file())
+    return int(ADAPTER_MARGIN * stored) * (2 if dtype == "float32" else 1)
 
 
 def resolve_dtype(config: EngineConfig) -> str:

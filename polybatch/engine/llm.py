@@ -17,7 +17,14 @@ from typing import Any
 
 from polybatch.adapters.store import AdapterStore
 from polybatch.config import ModelSpec
-from polybatch.engine.config import EngineConfig, ResolvedConfig, available_memory, resolve
+from polybatch.engine.config import (
+    EngineConfig,
+    ResolvedConfig,
+    adapter_bytes,
+    available_memory,
+    resolve,
+    resolve_dtype,
+)
 from polybatch.engine.core import EngineCore
 from polybatch.engine.executors import build_executor, page_bytes
 from polybatch.engine.ports import TextTokenizer
@@ -71,7 +78,10 @@ class LLM:
             threads=threads,
         )  # fmt: skip
         loaded = load_model(str(model))
-        self.config = resolve(config, loaded.spec, page_bytes(config, loaded.spec), available_memory())
+        self.config = resolve(
+            config, loaded.spec, page_bytes(config, loaded.spec), available_memory(),
+            adapter_bytes((adapters or {}).values(), resolve_dtype(config)),
+        )  # fmt: skip
         runner = build_executor(loaded.weights, self.config)
         store = AdapterStore(loaded.weights, runner.adapter_pages)
         scheduler = Scheduler(self.config.scheduler, runner.pool, loaded.fingerprint)

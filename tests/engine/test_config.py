@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from polybatch.engine.config import EngineConfig, available_memory, parse_bytes, resolve
+from polybatch.engine.config import EngineConfig, adapter_bytes, available_memory, parse_bytes, resolve
 from polybatch.errors import ConfigError
 from polybatch.execution.fake import fake_spec
 
@@ -81,3 +82,13 @@ def test_limits_must_be_positive(name: str) -> None:
 
 def test_available_memory_is_positive() -> None:
     assert available_memory() > 0
+
+
+def test_the_default_pool_has_room_for_the_adapters_named_at_start(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "adapter_model.safetensors").write_bytes(bytes(1000))
+    needed = adapter_bytes([tmp_path / "a", tmp_path / "missing"], "float32")
+    assert needed == 2500
+    config, spec = EngineConfig(max_model_len=64, max_num_seqs=2), fake_spec()
+    without = resolve(config, spec, 100, 2**30).pool.num_pages
+    assert resolve(config, spec, 100, 2**30, needed).pool.num_pages == without + 25
