@@ -5,7 +5,7 @@
     team.py      a team of threads that runs a whole forward pass as one compiled call
 
 An operation is a compiled function `op(args, state, tid, num_threads)` over raw addresses. A program
-is a table of operations; the team walks it together, with a barrier after each, so that a step costs
-one call from Python and no thread is ever woken inside it. The kernels themselves lie in
+is a table of operations; the team walks it together, each ending when its work is done, so that a step
+costs one call from Python and no thread is ever woken inside it. The kernels themselves lie in
 `polybatch/kernels/<operation>/cpu.py`, beside their references.
 """
