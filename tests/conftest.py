@@ -9,6 +9,10 @@ import pytest
 # Tests work on tiny tensors, for which waking threads costs many times the work. Read when torch loads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Without a GPU, CUDA kernels run in Triton's interpreter. Read when a kernel is defined.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(scope="session")
 def real_model() -> Path:
