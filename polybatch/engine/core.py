@@ -2,6 +2,9 @@
 
     door -> submit -> [ plan -> forward -> sample -> commit -> text and outputs ]* -> RequestOutput
 
+Where the device samples by itself, step n + 1 is planned and started before the tokens of step n are
+looked at (`_advance`), so that Python works while the device does.
+
 The core decides nothing itself: the scheduler chooses what runs, the executor runs it, the sampler
 picks tokens. It owns the order of these calls, and who hears of an error: a request alone where the
 fault is its own, all requests in flight where a step fails. Not thread-safe.
@@ -12,21 +15,39 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from polybatch.adapters.weights import AdapterWeights
 from polybatch.engine.door import Door
 from polybatch.engine.outputs import Completion, Progress, score_prompt
 from polybatch.engine.ports import AdapterSource, TextTokenizer
 from polybatch.engine.stats import EngineStats, StepTimes
 from polybatch.errors import EngineError, RequestError
-from polybatch.execution.executor import Executor
+from polybatch.execution.executor import AheadExecutor, Executor, Launch
 from polybatch.request import FinishReason, Request, RequestOutput, SamplingParams, Sequence, SequenceStatus
 from polybatch.sampling.sampler import Sampled, Sampler
-from polybatch.scheduling.plan import LogitRows, StepPlan, StepResult
+from polybatch.scheduling.plan import PENDING, LogitRows, StepPlan, StepResult
 from polybatch.scheduling.scheduler import Scheduler
+
+
+@dataclass(slots=True)
+class Flight:
+    """A step on its way: what was planned, and who gets a token from which row of its logits.
+
+    logits: where the host samples. launch: where the device does; then positions are the indices of the
+    PENDING tokens in their sequences, and ended the sequences that end with them.
+    """
+
+    plan: StepPlan
+    picked: list[Completion]
+    rows: list[int]
+    logits: torch.Tensor | None = None
+    launch: Launch | None = None
+    positions: list[int] = field(default_factory=list)
+    ended: list[Sequence] = field(default_factory=list)
 
 
 class EngineCore:
@@ -58,6 +79,7 @@ class EngineCore:
         self._requests: dict[str, Progress] = {}
         self._live: dict[Sequence, Completion] = {}
         self._finished: list[RequestOutput] = []
+        self._flight: Flight | None = None
         self._num_submitted = self._num_finished = 0
         self._num_prompt_tokens = self._num_output_tokens = 0
 
@@ -121,10 +143,11 @@ class EngineCore:
         started, now = time.perf_counter(), self._clock()
         try:
             plan = self.scheduler.plan(now)
-            if plan is None:
+            if plan is None and self._flight is None:
                 raise EngineError(f"nothing can be scheduled while {len(self._requests)} requests wait")
-            self._run(plan, now, started)
+            self._advance(plan, now, started)
         except BaseException as error:
+            self._flight = None
             message = str(error) if isinstance(error, EngineError) else f"a step failed: {error!r}"
             self._end(list(self._requests), FinishReason.ERROR, message)
             if plan is not None:
@@ -157,34 +180,107 @@ class EngineCore:
             num_output_tokens=self._num_output_tokens,
         )
 
-    def _run(self, plan: StepPlan, now: float, started: float) -> None:
-        """Carry a plan out and take its tokens in."""
+    def _advance(self, plan: StepPlan | None, now: float, started: float) -> None:
+        """Start a plan, take in the step before it, and then its own tokens where they are known.
+
+        On an executor that samples by itself the plan's commit leaves its tokens PENDING; they come with
+        the next call, which has the device's next step planned and started before it waits.
+        """
         times, clock = self.times, time.perf_counter
         planned = clock()
-        logits = self._forward(plan)
-        forwarded = clock()
+        times.plan_s += planned - started
+        flight = None if plan is None else self._start(plan, now)
+        times.forward_s += clock() - planned
+        before, self._flight = self._flight, None
+        if before is not None:
+            self._land(before)
+        if flight is None:
+            return
+        times.num_steps += 1
+        times.num_tokens += flight.plan.num_tokens
+        if flight.launch is None:
+            self._sample(flight)
+        else:
+            committing = clock()
+            flight.positions = [len(completion.seq.tokens) for completion in flight.picked]
+            flight.ended = self._commit(flight, [PENDING] * len(flight.picked))
+            times.commit_s += clock() - committing
+            self._flight = flight
+
+    def _start(self, plan: StepPlan, now: float) -> Flight:
+        """Hand a plan to the executor."""
+        for seq in plan.preempted:
+            self.executor.release(seq)
+        adapters = self._adapters(plan)
         picked, rows = self._rows_to_sample(plan, now)
+        flight = Flight(plan, picked, rows)
+        executor = self.executor
+        if isinstance(executor, AheadExecutor):
+            states = [completion.sampling for completion in picked]
+            is_scored = any(chunk.logits is LogitRows.ALL for chunk in plan.chunks)
+            if not is_scored and all(executor.can_sample(state) for state in states):
+                flight.launch = executor.launch(plan, adapters, rows, states)
+                return flight
+        flight.logits = executor.forward(plan, adapters)
+        return flight
+
+    def _sample(self, flight: Flight) -> None:
+        """Choose a step's tokens from its logits and take them in."""
+        times, clock = self.times, time.perf_counter
+        started, logits = clock(), flight.logits
+        assert logits is not None
+        # What the step before ended was planned once more before that was known.
+        live = [i for i, c in enumerate(flight.picked) if c.seq.status is SequenceStatus.RUNNING]
+        rows, picked = [flight.rows[i] for i in live], [flight.picked[i] for i in live]
+        flight.rows, flight.picked = rows, picked
         chosen = logits if len(rows) == len(logits) else logits[rows]
         sampled = self._sampler.sample(chosen, [completion.sampling for completion in picked])
         done = clock()
         ended = self._fail_rows(picked, sampled)
-        tokens = {c.seq: (token,) for c, token in zip(picked, sampled.tokens, strict=True)}
-        result = StepResult(tuple(tokens.get(c.seq, ()) for c in plan.chunks), forwarded - planned)
-        ended += self.scheduler.commit(plan, result)
+        ended += self._commit(flight, sampled.tokens)
         committed = clock()
-        self._num_output_tokens += len(picked) - len(sampled.errors)
         for row, entry in sampled.logprobs.items():
             picked[row].add_logprobs(entry)
         if len(rows) != len(logits):
-            self._score_prompts(plan, logits)
+            self._score_prompts(flight.plan, logits)
+        self._num_output_tokens += len(picked) - len(sampled.errors)
         self._emit(picked, ended)
-        times.num_steps += 1
-        times.num_tokens += plan.num_tokens
-        times.plan_s += planned - started
-        times.forward_s += forwarded - planned
-        times.sample_s += done - forwarded
+        times.sample_s += done - started
         times.commit_s += committed - done
         times.output_s += clock() - committed
+
+    def _land(self, flight: Flight) -> None:
+        """Wait for a launched step and put its tokens where its commit left them out."""
+        times, clock = self.times, time.perf_counter
+        started = clock()
+        assert flight.launch is not None
+        sampled = flight.launch.sampled()
+        landed = clock()
+        live = [i for i, completion in enumerate(flight.picked) if completion.seq in self._live]
+        ended = [seq for seq in flight.ended if seq in self._live]
+        picked = [flight.picked[i] for i in live]
+        for i in live:
+            completion = flight.picked[i]
+            message = sampled.errors.get(i)
+            if message is not None:
+                completion.progress.error = message
+                del completion.seq.tokens[flight.positions[i] :]
+                was_live = completion.seq.status is not SequenceStatus.FINISHED
+                self.scheduler.finish(completion.seq, FinishReason.ERROR)
+                ended += [completion.seq] if was_live else []
+            elif self.scheduler.settle(completion.seq, flight.positions[i], sampled.tokens[i]):
+                ended.append(completion.seq)
+        self._num_output_tokens += len(picked) - len(sampled.errors)
+        settled = clock()
+        self._emit(picked, ended)
+        times.forward_s += landed - started
+        times.commit_s += settled - landed
+        times.output_s += clock() - settled
+
+    def _commit(self, flight: Flight, tokens: SequenceOf[int]) -> list[Sequence]:
+        found = {c.seq: (token,) for c, token in zip(flight.picked, tokens, strict=True)}
+        result = StepResult(tuple(found.get(chunk.seq, ()) for chunk in flight.plan.chunks))
+        return self.scheduler.commit(flight.plan, result)
 
     def _fail_rows(self, picked: list[Completion], sampled: Sampled) -> list[Sequence]:
         """End the sequences that the sampler refuses, before the commit can cache their KV."""
@@ -193,15 +289,12 @@ class EngineCore:
             self.scheduler.finish(picked[row].seq, FinishReason.ERROR)
         return [picked[row].seq for row in sampled.errors]
 
-    def _forward(self, plan: StepPlan) -> torch.Tensor:
-        for seq in plan.preempted:
-            self.executor.release(seq)
+    def _adapters(self, plan: StepPlan) -> dict[str, AdapterWeights]:
+        """Host weights of the plan's adapters by digest."""
         digests = [load.adapter.digest for load in plan.loads] + list(plan.resident)
-        if not digests:
-            return self.executor.forward(plan, {})
-        if self.store is None:
+        if digests and self.store is None:
             raise EngineError("the plan has adapters, but the engine has none")
-        return self.executor.forward(plan, {digest: self.store.weights(digest) for digest in digests})
+        return {digest: self.store.weights(digest) for digest in digests} if self.store else {}
 
     def _rows_to_sample(self, plan: StepPlan, now: float) -> tuple[list[Completion], list[int]]:
         """Completions that get a token in this step, and their rows of the logits."""
@@ -266,6 +359,8 @@ class EngineCore:
             progress.error = error
             for completion in progress.completions:
                 if self._live.pop(completion.seq, None) is not None:
+                    if completion.seq.tokens[-1] == PENDING:
+                        completion.seq.tokens.pop()
                     completion.end(reason, None)
                     self.executor.release(completion.seq)
             progress.num_live = 0

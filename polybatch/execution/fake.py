@@ -23,7 +23,9 @@ from polybatch.errors import EngineError, RequestError
 from polybatch.request import AdapterRef
 from polybatch.request import Sequence as RunningSequence
 from polybatch.sampling.random import GOLDEN, MASK, mix, mix_array
-from polybatch.scheduling.plan import Chunk, LogitRows, StepPlan
+from polybatch.sampling.sampler import Sampled, Sampler
+from polybatch.sampling.state import SamplingState
+from polybatch.scheduling.plan import PENDING, Chunk, LogitRows, StepPlan
 
 LOGIT_RANGE = 8.0
 
@@ -93,12 +95,15 @@ class FakeExecutor:
             state = int(self._pages[seq.pages[last // size], last % size])
         states = []
         for position in range(chunk.start, chunk.start + chunk.n_new):
-            state = mix((state ^ (seq.tokens[position] * GOLDEN)) & MASK)
+            state = mix((state ^ (self._token(seq, position) * GOLDEN)) & MASK)
             self._pages[seq.pages[position // size], position % size] = state
             states.append(state)
         if chunk.logits is LogitRows.ALL:
             return states
         return states[-1:] if chunk.logits is LogitRows.LAST else []
+
+    def _token(self, seq: RunningSequence, position: int) -> int:
+        return seq.tokens[position]
 
     def _mark(self, digest: str, index: int) -> np.uint64:
         return np.uint64(mix(_hash_text(digest) ^ index))
@@ -119,6 +124,46 @@ class FakeExecutor:
 
     def close(self) -> None:
         """Nothing to stop."""
+
+
+class FakeAheadExecutor(FakeExecutor):
+    """A stub device that samples by itself and keeps its tokens for the step after; an `AheadExecutor`."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._sampler = Sampler(self.spec.vocab_size)
+        self._newest: dict[RunningSequence, int] = {}
+        self.num_launches = 0
+
+    def can_sample(self, state: SamplingState) -> bool:
+        return not state.edits and state.params.logprobs is None
+
+    def launch(
+        self,
+        plan: StepPlan,
+        adapters: Mapping[str, AdapterWeights],
+        rows: Sequence[int],
+        states: Sequence[SamplingState],
+    ) -> FakeLaunch:
+        """See `AheadExecutor.launch`."""
+        self.num_launches += 1
+        sampled = self._sampler.sample(self.forward(plan, adapters)[list(rows)], states)
+        self._newest = {state.seq: token for state, token in zip(states, sampled.tokens, strict=True)}
+        return FakeLaunch(sampled)
+
+    def _token(self, seq: RunningSequence, position: int) -> int:
+        token = seq.tokens[position]
+        return self._newest[seq] if token == PENDING else token
+
+
+class FakeLaunch:
+    """A step of the stub device, done before it is asked for."""
+
+    def __init__(self, sampled: Sampled) -> None:
+        self._sampled = sampled
+
+    def sampled(self) -> Sampled:
+        return self._sampled
 
 
 class ByteTokenizer:

@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 
 from polybatch.request import AdapterRef, Sequence
 
+PENDING = -1
+"""Stands in a sequence for a token that the device has yet to tell: the newest, of the step in flight."""
+
 
 class LogitRows(enum.Enum):
     """Which rows of a chunk need logits: none (more prefill follows), the last, or all of them."""
@@ -74,7 +77,8 @@ class StepPlan:
 class StepResult:
     """What a step produced, in the plan's order of chunks.
 
-    tokens: per chunk the new tokens, empty where the plan asked for no logits.
+    tokens: per chunk the new tokens, empty where the plan asked for no logits. PENDING for one that is
+        still being computed; `Scheduler.settle` puts it in.
     duration_s: time of the forward pass.
     """
 

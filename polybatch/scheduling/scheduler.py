@@ -11,6 +11,10 @@ decode or the first share of the prefill budget, and fits the pool alone (checke
 No torch, no threads, no clock: time is an argument. `plan` and `commit` alternate. `abort` and `finish`
 may come at any moment except while an executor still reads the pages of a plan's sequences; what they
 end is left out of the commit. A plan that could not be carried out goes to `discard` instead.
+
+Planning may run one step ahead of the device: a commit with PENDING tokens moves everything on but their
+values, the next plan is made, and `settle` brings the values. Only a stop token is then seen a step
+late. Pages freed meanwhile may be handed out at once where the device works in order.
 Source: Sarathi-Serve (Agrawal et al. 2024) for the step, vLLM (Kwon et al. 2023) for recomputation.
 """
 
@@ -173,6 +177,22 @@ class Scheduler:
                 self._retire(track, reason, last if is_named else None, keep=True)
                 finished.append(seq)
         return finished
+
+    def settle(self, seq: Sequence, position: int, token: int) -> bool:
+        """Put in the token that a commit left PENDING at `position`; True if it ends the sequence.
+
+        A sequence that has just ended by its length ended at a stop token after all: its reasons change.
+        """
+        seq.tokens[position] = token
+        request = seq.request
+        is_stop = token in request.stop_token_ids and (
+            position + 1 >= seq.num_prompt + request.params.min_tokens
+        )
+        if not is_stop or seq.finish_reason not in (None, FinishReason.LENGTH):
+            return False
+        was_live = seq in self._track_of
+        self.finish(seq, FinishReason.STOP, token if token in request.params.stop_token_ids else None)
+        return was_live
 
     def discard(self, plan: StepPlan) -> list[Sequence]:
         """Undo a plan that could not be carried out: end its sequences with ERROR, forget its loads."""

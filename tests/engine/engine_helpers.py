@@ -11,6 +11,9 @@ from polybatch.execution.fake import ByteTokenizer, FakeAdapters, FakeExecutor
 from polybatch.request import RequestOutput, SamplingParams
 from polybatch.scheduling.scheduler import Scheduler
 
+STUBS: list[type[FakeExecutor]] = [FakeExecutor]
+"""The last is what `make_core` builds; `stub` in conftest.py runs tests over both kinds."""
+
 
 def make_core(
     num_pages: int = 256,
@@ -25,7 +28,7 @@ def make_core(
     **scheduler: Any,
 ) -> EngineCore:
     pool = PoolSpec(num_pages, page_size, page_size * 8, 1)
-    executor = executor or FakeExecutor(pool=pool)
+    executor = executor or STUBS[-1](pool=pool)
     store = FakeAdapters(executor)
     for name in adapters:
         store.add(name)
