@@ -40,7 +40,14 @@ class AdapterStore:
         Raises AdapterError, changing nothing, if the name or the adapter is bad.
         """
         _check_name(name)
-        weights = load_peft(path, self._base)
+        return self.add_weights(name, load_peft(path, self._base))
+
+    def add_weights(self, name: str, weights: AdapterWeights) -> AdapterRef:
+        """`register` for an adapter that is in memory already; its shapes must be those of the base model.
+
+        Raises AdapterError, changing nothing, if the name is bad or the pool's pages cannot hold it.
+        """
+        _check_name(name)
         ref = AdapterRef(name, weights.digest, self._num_pages(weights))
         # Equal digests are equal weights: the copy held already stays, so that nothing is stored twice.
         self._weights.setdefault(weights.digest, weights)

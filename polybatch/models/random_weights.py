@@ -2,7 +2,8 @@
 
 `random:llama-3.1-8b` names a well-known configuration, `random:/path/config.json` a file. Every
 tensor is drawn when it is asked for, from a seed of its own, so any order gives the same model.
-There is no tokenizer.
+A GPU draws billions of values in the time that a CPU needs for millions, so weights may be drawn there;
+they are other values than the CPU's. There is no tokenizer.
 """
 
 from __future__ import annotations
@@ -119,10 +120,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def open_random(config: str, seed: int = 0) -> tuple[CheckpointWeights, dict[str, Any]]:
+def open_random(config: str, seed: int = 0, device: str = "cpu") -> tuple[CheckpointWeights, dict[str, Any]]:
     """Weights for a name of CONFIGS or the path of a config.json, and the settings they follow.
 
-    Raises ModelError for an unknown name or unsupported settings.
+    device: where the tensors are drawn and lie. Raises ModelError for an unknown name or bad settings.
     """
     if config in CONFIGS:
         settings = CONFIGS[config]
@@ -137,7 +138,7 @@ def open_random(config: str, seed: int = 0) -> tuple[CheckpointWeights, dict[str
     if dtype not in _DTYPES:
         raise fields.bad("dtype", ", ".join(_DTYPES))
     shapes = dict(expected_tensors(spec, locate_in(family)))
-    source = RandomSource(fields.source, spec, shapes, _DTYPES[dtype], seed)
+    source = RandomSource(fields.source, spec, shapes, _DTYPES[dtype], seed, device)
     return CheckpointWeights(spec, source, locate_in(family), lambda name: False), settings
 
 
@@ -151,12 +152,14 @@ class RandomSource:
         shapes: dict[str, tuple[int, ...]],
         dtype: torch.dtype,
         seed: int,
+        device: str = "cpu",
     ) -> None:
         self.label = label
         self._spec = spec
         self._shapes = shapes
         self._dtype = dtype
         self._seed = seed
+        self._device = torch.device(device)
 
     def names(self) -> Collection[str]:
         return self._shapes.keys()
@@ -170,9 +173,16 @@ class RandomSource:
     def read(self, name: str) -> torch.Tensor:
         shape = self._shapes[name]
         digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        generator = torch.Generator(self._device).manual_seed(
+            int.from_bytes(digest[:8], "little", signed=True)
+        )
         num_values = math.prod(shape)
-        drawn = torch.empty(min(num_values, _MAX_DRAWN)).normal_(generator=generator)
+        # Drawing billions of values takes a CPU minutes; longer tensors repeat the drawn ones there.
+        is_cpu = self._device.type == "cpu"
+        num_drawn = min(num_values, _MAX_DRAWN) if is_cpu else num_values
+        # Float32 drafts of the largest tables would not always fit beside a model that fills the GPU.
+        draft = torch.float32 if is_cpu else self._dtype
+        drawn = torch.empty(num_drawn, dtype=draft, device=self._device).normal_(generator=generator)
         if name.endswith("norm.weight"):
             return (1 + 0.1 * drawn).to(self._dtype)
         if name.endswith(".bias"):
@@ -182,6 +192,5 @@ class RandomSource:
         std = 1 / math.sqrt(shape[-1])
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             std /= math.sqrt(2 * self._spec.num_layers)
-        values = (std * drawn).to(self._dtype)
-        # Drawing billions of values takes minutes; longer tensors repeat the drawn ones.
+        values = drawn.mul_(std).to(self._dtype)
         return values.repeat(-(-num_values // len(values)))[:num_values].reshape(shape)
