@@ -59,9 +59,7 @@ class Mix:
         num_pages += sum(14 * w.max_rank for w in by_name.values())
         self.executor = CpuExecutor(model, num_pages=num_pages, **options, **limits)  # type: ignore[arg-type]
         self.host = {w.digest: w for w in by_name.values()}
-        refs = {
-            a: AdapterRef(a, w.digest, self.executor.adapter_pages(w)) for a, w in by_name.items()
-        }
+        refs = {a: AdapterRef(a, w.digest, self.executor.adapter_pages(w)) for a, w in by_name.items()}
         self._next_page = 0
         self.resident = {ref.digest: self._take(ref.num_pages) for ref in refs.values()}
         self.loads = tuple(AdapterLoad(ref, self.resident[ref.digest]) for ref in refs.values())
@@ -129,7 +127,9 @@ class Mix:
             for kind, (adapted, plain) in (("prefill", prefill), ("decode", decode), ("total", total)):
                 samples.setdefault(f"{kind}_ms", []).append(adapted * 1e3)
                 samples.setdefault(f"{kind}_base_ms", []).append(plain * 1e3)
-                samples.setdefault("share" if kind == "total" else f"{kind}_share", []).append(plain / adapted)
+                samples.setdefault("share" if kind == "total" else f"{kind}_share", []).append(
+                    plain / adapted
+                )
         result = {key: round(statistics.median(values), 4) for key, values in samples.items()}
         extra_s = (result["decode_ms"] - result["decode_base_ms"]) / 1e3
         result["adapter_mib"] = round(self.adapter_bytes / 2**20, 1)
