@@ -16,8 +16,8 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils, types
-from numba.extending import intrinsic
+
+from polybatch.kernels.cpu.compile import Deferred
 
 LANES = 16
 VECTOR_BYTES = 64
@@ -29,9 +29,6 @@ V_I32 = ir.VectorType(I32, LANES)
 V_I16 = ir.VectorType(I16, LANES)
 V_I8 = ir.VectorType(I8, LANES)
 V_I1 = ir.VectorType(ir.IntType(1), LANES)
-
-# numba's own helpers are untyped
-_insert_function: Any = cgutils.get_or_insert_function
 
 
 class _BFloat(ir.Type):  # type: ignore[misc]
@@ -52,6 +49,15 @@ V_PAIRS = ir.VectorType(_BFloat(), 2 * LANES)
 # exp2 on [-0.5, 0.5]: minimax polynomial, relative error below 3e-7.
 _EXP2 = (1.0, 0.6931472, 0.24022651, 0.05550411, 0.009618129, 0.0013333558, 0.00015403530)
 LOG2_E = 1.4426950408889634
+
+
+def insert_function(module: Any, kind: Any, name: str) -> Any:
+    """Declaration of an LLVM intrinsic or C function, one per module."""
+    # numba's own helpers are untyped
+    from numba.core import cgutils
+
+    insert: Any = cgutils.get_or_insert_function
+    return insert(module, kind, name)
 
 
 class Emitter:
@@ -99,7 +105,7 @@ class Emitter:
 
     def intrinsic(self, name: str, result: Any, args: list[Any]) -> Any:
         kind = ir.FunctionType(result, [a.type for a in args])
-        return self.b.call(_insert_function(self.b.module, kind, name), args)
+        return self.b.call(insert_function(self.b.module, kind, name), args)
 
     # memory
     def load(self, address: Any, kind: Any, align: int = 1) -> Any:
@@ -112,7 +118,7 @@ class Emitter:
         """Ask for the cache line at `address`, into the second level; never faults."""
         kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
         name = "llvm.prefetch.p0"
-        function = _insert_function(self.b.module, kind, name)
+        function = insert_function(self.b.module, kind, name)
         pointer = self.b.inttoptr(address, I8.as_pointer())
         self.b.call(function, [pointer, *(ir.Constant(I32, v) for v in (0, 2, 1))])
 
@@ -236,20 +242,26 @@ class Emitter:
         return acc
 
 
-def micro_kernel(num_args: int, emit: Callable[[Emitter, list[Any]], None], isa: str) -> Any:
+def micro_kernel(num_args: int, emit: Callable[[Emitter, list[Any]], None], isa: str) -> Deferred:
     """A numba-callable function of `num_args` int64 arguments whose body is emitted by `emit`."""
 
-    def micro(typing_context: Any, *args: Any) -> Any:
-        signature = types.void(*([types.int64] * num_args))
+    def make() -> Any:
+        from numba.core import types
+        from numba.extending import intrinsic
 
-        def codegen(context: Any, builder: Any, sig: Any, values: Any) -> Any:
-            emit(Emitter(builder, isa), list(values))
-            return context.get_dummy_value()
+        def micro(typing_context: Any, *args: Any) -> Any:
+            signature = types.void(*([types.int64] * num_args))
 
-        return signature, codegen
+            def codegen(context: Any, builder: Any, sig: Any, values: Any) -> Any:
+                emit(Emitter(builder, isa), list(values))
+                return context.get_dummy_value()
 
-    # numba reads an intrinsic's arity from its Python signature
-    kind = inspect.Parameter.POSITIONAL_ONLY
-    names = ["typing_context", *(f"x{i}" for i in range(num_args))]
-    micro.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in names])  # type: ignore[attr-defined]
-    return intrinsic(micro)
+            return signature, codegen
+
+        # numba reads an intrinsic's arity from its Python signature
+        kind = inspect.Parameter.POSITIONAL_ONLY
+        names = ["typing_context", *(f"x{i}" for i in range(num_args))]
+        micro.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in names])  # type: ignore[attr-defined]
+        return intrinsic(micro)
+
+    return Deferred(make)

@@ -18,14 +18,12 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
-from numba.core import cgutils, types
-from numba.extending import intrinsic
 
 from polybatch.errors import EngineError
-from polybatch.kernels.cpu.compile import compile_function
+from polybatch.kernels.cpu.compile import Deferred, compile_function, inner_function
+from polybatch.kernels.cpu.emit import insert_function
 
 ROW = 32
 """int64 values in an operation's row."""
@@ -36,13 +34,28 @@ COUNTER_STRIDE = 8
 
 _I64 = ir.IntType(64)
 
-# numba's own helpers are untyped
-_insert_function: Any = cgutils.get_or_insert_function
+
+class _NumbaTypes:
+    """`numba.core.types`, imported when a typer first asks for one of them."""
+
+    def __getattr__(self, name: str) -> Any:
+        from numba.core import types
+
+        return getattr(types, name)
+
+
+types = _NumbaTypes()
 
 
 def device_function(typer: Callable[..., Any], **options: Any) -> Any:
     """numba's `intrinsic`: a function for compiled code, made of the LLVM that the typer's codegen emits."""
-    return intrinsic(**options)(typer) if options else intrinsic(typer)
+
+    def make() -> Any:
+        from numba.extending import intrinsic
+
+        return intrinsic(**options)(typer) if options else intrinsic(typer)
+
+    return Deferred(make)
 
 
 def _pointer(builder: Any, address: Any, kind: Any) -> Any:
@@ -162,7 +175,7 @@ def relax(typing_context: Any) -> Any:
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         if builder.module.triple.startswith("x86"):
             kind = ir.FunctionType(ir.VoidType(), [])
-            builder.call(_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
+            builder.call(insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
         return context.get_dummy_value()
 
     return types.void(), codegen
@@ -174,7 +187,7 @@ def yield_processor(typing_context: Any) -> Any:
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         kind = ir.FunctionType(ir.IntType(32), [])
-        builder.call(_insert_function(builder.module, kind, "sched_yield"), [])
+        builder.call(insert_function(builder.module, kind, "sched_yield"), [])
         return context.get_dummy_value()
 
     return types.void(), codegen
@@ -208,7 +221,7 @@ def _wait_until(address: int, target: int) -> None:
             yield_processor()
 
 
-wait_until: Any = numba.njit(_wait_until)
+wait_until: Any = inner_function(_wait_until, {}, "all")
 
 
 def _await_units(args: int, num_units: int) -> None:
@@ -216,7 +229,7 @@ def _await_units(args: int, num_units: int) -> None:
     wait_until(load_i64(args, 1) + 8, num_units)
 
 
-await_units: Any = numba.njit(_await_units)
+await_units: Any = inner_function(_await_units, {}, "all")
 
 
 def _walk(ops: int, num_ops: int, state: int, barrier: int, met: int, tid: int, num_threads: int) -> None:
@@ -245,6 +258,11 @@ class Program:
         self.address = self.table.ctypes.data
 
 
+def compile_walk() -> int:
+    """Address of the loop over a program's operations."""
+    return compile_function("walk", _walk, num_args=7)
+
+
 class Team:
     """`num_threads` threads, the caller's among them, that run programs together."""
 
@@ -254,9 +272,7 @@ class Team:
         self._met = 0
         self._job: tuple[int, int, int, int] | None = None
         self._closed = False
-        signature = types.void(*([types.int64] * 7))
-        walk = compile_function("walk", _walk, signature)
-        self._walk = ctypes.CFUNCTYPE(None, *([ctypes.c_int64] * 7))(walk)
+        self._walk = ctypes.CFUNCTYPE(None, *([ctypes.c_int64] * 7))(compile_walk())
         self._starts = [threading.Semaphore(0) for _ in range(num_threads - 1)]
         self._threads = [
             threading.Thread(target=self._work, args=(tid, start), name=f"polybatch-{tid}", daemon=True)

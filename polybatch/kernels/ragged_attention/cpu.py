@@ -16,11 +16,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 
-from polybatch.kernels.cpu.compile import compile_function, detect_isa, rebind
+from polybatch.kernels.cpu.compile import compile_function, detect_isa, inner_function
 from polybatch.kernels.cpu.emit import (
     F32,
     I16,
@@ -423,8 +422,8 @@ def compile_attention(
         bindings[f"scores{rows}"] = micro_kernel(4, _emit_scores(rows, head_dim, dtype), chosen)
         bindings[f"values{rows}"] = micro_kernel(6, _emit_values(rows, head_dim, dtype), chosen)
     variant = f"{name}-{chosen}"
-    bindings["round_up"] = numba.njit(rebind(_round_up, {}, variant))
-    bindings["locate"] = numba.njit(rebind(_locate, bindings, variant))
-    bindings["score_rows"] = numba.njit(rebind(_dispatch_scores, bindings, variant))
-    bindings["value_rows"] = numba.njit(rebind(_dispatch_values, bindings, variant))
+    bindings["round_up"] = inner_function(_round_up, {}, variant)
+    bindings["locate"] = inner_function(_locate, bindings, variant)
+    bindings["score_rows"] = inner_function(_dispatch_scores, bindings, variant)
+    bindings["value_rows"] = inner_function(_dispatch_values, bindings, variant)
     return compile_function(name, _attend, bindings=bindings, isa=isa)
