@@ -30,7 +30,7 @@ class Completion:
     is_watched: its text is needed after every step.
     """
 
-    __slots__ = ("_checker", "_detokenizer", "_num_pushed", "_tokenizer", "cumulative_logprob",
+    __slots__ = ("_checker", "_detokenizer", "_maps", "_num_pushed", "_tokenizer", "cumulative_logprob",
                  "finish_reason", "is_watched", "logprobs", "progress", "sampling", "seq", "stop_reason",
                  "text")  # fmt: skip
 
@@ -41,6 +41,7 @@ class Completion:
         self.sampling = SamplingState(seq)
         self.text = ""
         self.logprobs: list[TokenLogprobs] = []
+        self._maps: list[dict[int, Logprob]] = []
         self.cumulative_logprob = 0.0
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
@@ -113,12 +114,14 @@ class Completion:
 
     def output(self, tokenizer: TextTokenizer | None) -> CompletionOutput:
         has_logprobs = self.seq.request.params.logprobs is not None
+        # A stream asks after every step, and what was shown once stays as it is.
+        self._maps += [logprob_map(entry, tokenizer) for entry in self.logprobs[len(self._maps) :]]
         return CompletionOutput(
             index=self.seq.index,
             text=self.text,
             token_ids=self.seq.output_token_ids,
             cumulative_logprob=self.cumulative_logprob if has_logprobs else None,
-            logprobs=[logprob_map(e, tokenizer) for e in self.logprobs] if has_logprobs else None,
+            logprobs=list(self._maps) if has_logprobs else None,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
         )
@@ -127,8 +130,8 @@ class Completion:
 class Progress:
     """One request in the engine. num_live: completions that still run."""
 
-    __slots__ = ("completions", "error", "finished_s", "first_scheduled_s", "first_token_s", "is_streamed",
-                 "num_live", "prompt_logprobs", "request")  # fmt: skip
+    __slots__ = ("_prompt_maps", "completions", "error", "finished_s", "first_scheduled_s", "first_token_s",
+                 "is_streamed", "num_live", "prompt_logprobs", "request")  # fmt: skip
 
     def __init__(self, request: Request, is_streamed: bool) -> None:
         self.request = request
@@ -136,6 +139,7 @@ class Progress:
         self.completions: list[Completion] = []
         self.num_live = 0
         self.prompt_logprobs: dict[int, TokenLogprobs] = {}
+        self._prompt_maps: dict[int, dict[int, Logprob]] = {}
         self.error: str | None = None
         self.first_scheduled_s: float | None = None
         self.first_token_s: float | None = None
@@ -167,11 +171,11 @@ class Progress:
     def _prompt_logprobs(self, tokenizer: TextTokenizer | None) -> list[dict[int, Logprob] | None] | None:
         if self.request.params.prompt_logprobs is None:
             return None
-        found: list[dict[int, Logprob] | None] = [None]
-        for position in range(1, len(self.request.prompt_token_ids)):
-            entry = self.prompt_logprobs.get(position)
-            found.append(None if entry is None else logprob_map(entry, tokenizer))
-        return found
+        for position, entry in self.prompt_logprobs.items():
+            if position not in self._prompt_maps:
+                self._prompt_maps[position] = logprob_map(entry, tokenizer)
+        positions = range(1, len(self.request.prompt_token_ids))
+        return [None, *(self._prompt_maps.get(position) for position in positions)]
 
 
 def logprob_map(entry: TokenLogprobs, tokenizer: TextTokenizer | None) -> dict[int, Logprob]:

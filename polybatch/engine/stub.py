@@ -1,0 +1,135 @@
+"""The model `stub`: the real engine over an executor without a model.
+
+Instant, deterministic nonsense with one token per byte, any adapter name welcome. It tries out files, flags
+and pipelines; `stub:step_s=0.02,num_pages=64` makes steps last and memory short.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from polybatch.adapters.weights import AdapterWeights
+from polybatch.config import ModelSpec, PoolSpec, SchedulerConfig
+from polybatch.engine.core import EngineCore
+from polybatch.errors import AdapterError, ConfigError, RequestError
+from polybatch.execution.fake import ByteTokenizer, FakeExecutor, fake_spec
+from polybatch.request import AdapterRef
+from polybatch.scheduling.plan import StepPlan
+from polybatch.scheduling.scheduler import Scheduler
+
+STUB_MODEL = "stub"
+STUB_POOL = PoolSpec(num_pages=32_768, page_size=16, page_bytes=128, num_layers=1)
+STUB_MODEL_LEN = 8_192
+
+
+def is_stub(model: str) -> bool:
+    return model == STUB_MODEL or model.startswith(f"{STUB_MODEL}:")
+
+
+def stub_spec() -> ModelSpec:
+    return fake_spec()
+
+
+def stub_core(
+    model: str = STUB_MODEL,
+    adapters: Mapping[str, str] | None = None,
+    *,
+    max_num_seqs: int = 256,
+    max_num_batched_tokens: int = 2048,
+    max_model_len: int | None = None,
+    enable_prefix_caching: bool = True,
+    policy: str = "fcfs",
+    seed: int = 0,
+) -> EngineCore:
+    """The real loop and scheduler over `FakeExecutor`. Raises ConfigError for unknown options."""
+    step_s, num_pages = _options(model)
+    config = SchedulerConfig(
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len or STUB_MODEL_LEN,
+        policy=policy,
+        enable_prefix_caching=enable_prefix_caching,
+    )
+    pool = PoolSpec(num_pages, STUB_POOL.page_size, STUB_POOL.page_bytes, STUB_POOL.num_layers)
+    executor = SlowExecutor(pool, step_s) if step_s else FakeExecutor(pool=pool)
+    store = StubAdapters(adapters or {})
+    return EngineCore(
+        executor,
+        Scheduler(config, executor.pool),
+        ByteTokenizer(),
+        store,
+        max_model_len=config.max_model_len,
+        seed=seed,
+    )
+
+
+def _options(model: str) -> tuple[float, int]:
+    """Seconds per step and pages of the pool, from `stub:step_s=0.02,num_pages=64`."""
+    values = {"step_s": 0.0, "num_pages": float(STUB_POOL.num_pages)}
+    for option in filter(None, model.removeprefix(STUB_MODEL).removeprefix(":").split(",")):
+        name, _, value = option.partition("=")
+        try:
+            values[name] = {"step_s": float, "num_pages": int}[name](value)
+        except (KeyError, ValueError):
+            raise ConfigError(
+                f"the stub's option is {option!r}; it must be step_s=SECONDS or num_pages=COUNT"
+            ) from None
+    return values["step_s"], int(values["num_pages"])
+
+
+class SlowExecutor(FakeExecutor):
+    """A stub whose steps take as long as a model's."""
+
+    def __init__(self, pool: PoolSpec, step_s: float) -> None:
+        super().__init__(pool=pool)
+        self._step_s = step_s
+
+    def forward(self, plan: StepPlan, adapters: Mapping[str, AdapterWeights]) -> torch.Tensor:
+        time.sleep(self._step_s)
+        return super().forward(plan, adapters)
+
+
+class StubAdapters:
+    """Adapters that are their names; each takes one page and changes all answers.
+
+    A folder need not exist, but one whose name begins with "missing" is refused.
+    """
+
+    def __init__(self, paths: Mapping[str, str]) -> None:
+        self._refs: dict[str, AdapterRef] = {}
+        for name, path in paths.items():
+            self.register(name, path)
+
+    def register(self, name: str, path: str | Path) -> AdapterRef:
+        """Raises AdapterError for a folder called missing."""
+        if Path(path).name.startswith("missing"):
+            raise AdapterError(f"adapter {name!r}: {path} has no adapter_config.json")
+        self._refs[name] = AdapterRef(name, hashlib.sha256(name.encode()).hexdigest(), num_pages=1)
+        return self._refs[name]
+
+    def remove(self, name: str) -> AdapterRef:
+        ref = self.get(name)
+        del self._refs[name]
+        return ref
+
+    def list(self) -> tuple[AdapterRef, ...]:
+        return tuple(self._refs.values())
+
+    def get(self, name: str) -> AdapterRef:
+        if name not in self._refs:
+            raise RequestError(f"adapter {name!r} is not registered", field="adapter")
+        return self._refs[name]
+
+    def weights(self, digest: str) -> AdapterWeights:
+        return AdapterWeights(digest, layers=())
+
+    def hold(self, digest: str) -> None:
+        """Nothing is ever freed."""
+
+    def release(self, digest: str) -> None:
+        """Nothing is ever freed."""
