@@ -1,0 +1,329 @@
+"""linear on CUDA: one face over 16-bit, int4 and fp8 weights.
+
+    workspace = LinearWorkspace("cuda", torch.bfloat16, max_tokens=8192)
+    linear = pack(weight, "int4", workspace)        # weight [out, in], or several stacked along `out`
+    linear.forward(x, out)                          # x [T, in], out [T, out] view; T <= max_tokens
+
+`forward` writes `out` and returns nothing. After a first call per size it allocates nothing and may be
+captured in a CUDA graph. Layers share the workspace, so they must run one after the other on one stream.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import triton
+
+from polybatch.errors import ConfigError, EngineError
+from polybatch.kernels.linear.cuda_fp8 import quantize_tokens_kernel
+from polybatch.kernels.linear.cuda_int4 import dequantize_kernel, int4_linear_kernel
+from polybatch.kernels.linear.cuda_pack import K_TILE, ROW_TILE, Int4Layout, pack_int4
+from polybatch.kernels.linear.quantize_symmetric import (
+    QuantizedTensor,
+    dequantize_symmetric,
+    quantize_fp8,
+    quantize_int4_symmetric,
+)
+
+SCHEMES = (None, "int4", "int4-channel", "fp8")
+SCRATCH_BYTES = 64 << 20
+"""Of widened weights at a time; near the L2 cache's size, so that cuBLAS finds them there."""
+FUSED_TOKENS = 512
+"""Above this many tokens, int4 weights are widened and multiplied by cuBLAS."""
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@dataclass(frozen=True, slots=True)
+class Int4Config:
+    """How int4_linear_kernel cuts its work: tile sizes, parts of the inputs, warps, pipeline stages."""
+
+    block_m: int
+    block_out: int
+    split: int
+    num_warps: int
+    num_stages: int
+    is_dependent: bool = False
+
+
+def int4_config(num_tokens: int, rows: int, k_tiles: int) -> Int4Config:
+    """A good configuration for a shape; measured by benchmarks/cuda/linear.py.
+
+    Programs wait for memory together, so all should be resident at once (a single wave) and hold enough loads
+    in flight: `split` brings their number near the target.
+    """
+    block_m, block_out, num_warps, num_stages, target = next(
+        values for most, values in _INT4_CLASSES if num_tokens <= most
+    )
+    tiles = rows // block_out * -(-num_tokens // block_m)
+    split = max(1, min(round(target / tiles), k_tiles // 2))
+    return Int4Config(block_m, block_out, split, num_warps, num_stages)
+
+
+_ANY = 1 << 62
+# Tokens up to -> tile of tokens, tile of rows, warps, stages, programs wanted.
+_INT4_CLASSES = (
+    (16, (16, 64, 4, 4, 396)),
+    (32, (32, 128, 8, 4, 264)),
+    (64, (64, 128, 8, 3, 132)),
+    (_ANY, (128, 128, 8, 3, 132)),
+)
+_LADDER = (16, 32, 64, *range(128, FUSED_TOKENS + 1, 128))
+
+
+class LinearWorkspace:
+    """Memory that the packed linears of one stream share; grown while packing, never while running.
+
+    dtype: of activations, bfloat16, float16 or float32 (the last only for unquantised weights).
+    """
+
+    def __init__(self, device: torch.device | str, dtype: torch.dtype, max_tokens: int) -> None:
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.max_tokens = max_tokens
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def reserve(self, name: str, numel: int, dtype: torch.dtype) -> None:
+        """Make a buffer, filled with zeros, at least this large; earlier graphs over it become invalid."""
+        held = self._buffers.get(name)
+        if held is None or held.numel() < numel:
+            self._buffers[name] = torch.zeros(numel, dtype=dtype, device=self.device)
+
+    def buffer(self, name: str) -> torch.Tensor:
+        return self._buffers[name]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(b.numel() * b.element_size() for b in self._buffers.values())
+
+
+class PackedLinear(Protocol):
+    """A linear layer on the device, or several stacked along their outputs."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the weights, without the shared workspace."""
+        ...
+
+    def forward(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """out[T, out] = x[T, in] W^T; both in the workspace's dtype, last axis contiguous."""
+        ...
+
+
+def pack(
+    weight: torch.Tensor | QuantizedTensor, scheme: str | None, workspace: LinearWorkspace
+) -> PackedLinear:
+    """Put a weight [out, in] on the workspace's device in the layout of its scheme.
+
+    scheme: None (activations' dtype), "int4" (groups of 128 inputs), "int4-channel" (one scale per output) or
+    "fp8". Float weights are rounded to nearest; a QuantizedTensor keeps its values where the scheme is its
+    own kind and is dequantised where it is None.
+    Raises ConfigError for a scheme or shape that the kernels do not know.
+    """
+    if scheme not in SCHEMES:
+        raise ConfigError(
+            f"quantization is {scheme!r}; on CUDA it must be one of {', '.join(map(str, SCHEMES))}"
+        )
+    if isinstance(weight, QuantizedTensor):
+        weight = weight.to(workspace.device)
+        if scheme is not None and not scheme.startswith(weight.kind):
+            raise ConfigError(
+                f"quantization is {scheme!r}, but the checkpoint's weights are {weight.kind}: "
+                f"use quantization {weight.kind!r} or None"
+            )
+        if scheme is None:
+            return FloatLinear(dequantize_symmetric(weight, workspace.dtype))
+    elif scheme is None:
+        return FloatLinear(weight.to(workspace.device, workspace.dtype).contiguous())
+    else:
+        weight = weight.to(workspace.device)
+    if workspace.dtype == torch.float32:
+        raise ConfigError(f"quantization {scheme!r} needs dtype bfloat16 or float16 on CUDA, not float32")
+    if scheme == "fp8":
+        return Fp8Linear(weight if isinstance(weight, QuantizedTensor) else quantize_fp8(weight), workspace)
+    if not isinstance(weight, QuantizedTensor):
+        weight = quantize_int4_symmetric(weight, None if scheme == "int4-channel" else 128)
+    return Int4Linear(pack_int4(weight), workspace)
+
+
+class FloatLinear:
+    """Weights in the activations' dtype, multiplied by cuBLAS."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight = weight
+
+    @property
+    def num_bytes(self) -> int:
+        return self.weight.numel() * self.weight.element_size()
+
+    def forward(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        torch.mm(x, self.weight.T, out=out)
+
+
+class Int4Linear:
+    """4-bit weights: the fused kernel up to FUSED_TOKENS tokens, above it widened weights and cuBLAS."""
+
+    def __init__(self, layout: Int4Layout, workspace: LinearWorkspace) -> None:
+        self.layout = layout
+        self._workspace = workspace
+        self._chunk_rows = _chunk_rows(layout, workspace)
+        configs = [(m, int4_config(m, layout.rows, layout.k_tiles)) for m in _LADDER]
+        self.reserve(configs)
+        if workspace.max_tokens > FUSED_TOKENS:
+            workspace.reserve("widened", self._chunk_rows * layout.num_in, workspace.dtype)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.layout.num_bytes
+
+    def reserve(self, configs: list[tuple[int, Int4Config]]) -> None:
+        """Room for the partial sums of these (tokens, configuration) pairs."""
+        tiles = [-(-m // c.block_m) * (self.layout.rows // c.block_out) for m, c in configs]
+        cells = [t * c.split * c.block_out * c.block_m for t, (_, c) in zip(tiles, configs, strict=True)]
+        split = [cell for cell, (_, c) in zip(cells, configs, strict=True) if c.split > 1]
+        self._workspace.reserve("partials", max([1, *split]), torch.float32)
+        self._workspace.reserve("arrived", max(tiles), torch.int32)
+
+    def forward(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        num_tokens = x.shape[0]
+        _check(x, out, self.layout.num_in, self.layout.num_out, self._workspace)
+        if num_tokens > FUSED_TOKENS:
+            self.forward_widened(x, out)
+        elif num_tokens:
+            self.forward_fused(x, out, int4_config(num_tokens, self.layout.rows, self.layout.k_tiles))
+
+    def forward_fused(self, x: torch.Tensor, out: torch.Tensor, config: Int4Config) -> None:
+        """One launch. The workspace must have been reserved for the configuration."""
+        layout = self.layout
+        grid = (layout.rows // config.block_out, config.split, -(-x.shape[0] // config.block_m))
+        options: dict[str, Any] = {"launch_pdl": True} if config.is_dependent else {}
+        int4_linear_kernel[grid](
+            x,
+            layout.words,
+            layout.scales,
+            layout.scales if layout.offsets is None else layout.offsets,
+            out,
+            self._workspace.buffer("partials"),
+            self._workspace.buffer("arrived"),
+            x.shape[0],
+            layout.num_in,
+            layout.num_out,
+            layout.rows,
+            layout.k_tiles,
+            x.stride(0),
+            out.stride(0),
+            BLOCK_M=config.block_m,
+            BLOCK_OUT=config.block_out,
+            SPLIT_K=config.split,
+            EVEN_K=layout.num_in % K_TILE == 0,
+            GROUPED=layout.is_grouped,
+            HAS_ZEROS=layout.offsets is not None,
+            SCALES_BF16=layout.scales_bf16,
+            ASSEMBLY=not _INTERPRETED,
+            DEPENDENT=config.is_dependent,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            **options,
+        )
+
+    def forward_widened(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Rows of weights by the chunk: widen them into scratch, multiply."""
+        layout = self.layout
+        scratch = self._workspace.buffer("widened")
+        for first in range(0, layout.num_out, self._chunk_rows):
+            num_rows = min(self._chunk_rows, layout.num_out - first)
+            weight = scratch[: num_rows * layout.num_in].view(num_rows, layout.num_in)
+            dequantize_kernel[(layout.k_tiles, -(-num_rows // 64))](
+                layout.words,
+                layout.scales,
+                layout.scales if layout.offsets is None else layout.offsets,
+                weight,
+                first,
+                num_rows,
+                layout.num_in,
+                layout.rows,
+                BLOCK_OUT=64,
+                GROUPED=layout.is_grouped,
+                HAS_ZEROS=layout.offsets is not None,
+                SCALES_BF16=layout.scales_bf16,
+                ASSEMBLY=not _INTERPRETED,
+                num_warps=4,
+            )
+            torch.mm(x, weight.T, out=out[:, first : first + num_rows])
+
+
+def _chunk_rows(layout: Int4Layout, workspace: LinearWorkspace) -> int:
+    most = SCRATCH_BYTES // (layout.num_in * workspace.dtype.itemsize)
+    return min(layout.rows, max(1, most // ROW_TILE) * ROW_TILE)
+
+
+class Fp8Linear:
+    """e4m3 weights with a scale per output channel, activations rounded per token; bfloat16 in and out."""
+
+    def __init__(self, weight: QuantizedTensor, workspace: LinearWorkspace) -> None:
+        num_out, num_in = weight.shape
+        if num_in % 16 or num_out % 16:
+            raise ConfigError(
+                f"quantization 'fp8' needs linear layers of multiples of 16; one is {num_in} to {num_out}"
+            )
+        if workspace.dtype != torch.bfloat16:
+            raise ConfigError(f"quantization 'fp8' needs dtype bfloat16, not {workspace.dtype}")
+        self._values = weight.values.contiguous()
+        self._scales = weight.scales.float().reshape(1, -1).contiguous()
+        self._workspace = workspace
+        workspace.reserve("fp8_values", workspace.max_tokens * num_in, torch.float8_e4m3fn)
+        workspace.reserve("fp8_scales", workspace.max_tokens, torch.float32)
+        workspace.reserve("fp8_out", workspace.max_tokens * num_out, torch.bfloat16)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._values.numel() + 4 * self._scales.numel()
+
+    def forward(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        num_tokens = x.shape[0]
+        num_out, num_in = self._values.shape
+        _check(x, out, num_in, num_out, self._workspace)
+        if not num_tokens:
+            return
+        values, scales = self.quantize(x)
+        # The library writes contiguous rows only.
+        dense = out
+        if not out.is_contiguous():
+            dense = self._workspace.buffer("fp8_out")[: num_tokens * num_out].view(num_tokens, num_out)
+        torch._scaled_mm(
+            values,
+            self._values.T,
+            scale_a=scales,
+            scale_b=self._scales,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+            out=dense,
+        )
+        if dense is not out:
+            out.copy_(dense)
+
+    def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x: [T, in] -> (values [T, in] e4m3, scales [T, 1] float32), in the workspace."""
+        num_tokens, num_in = x.shape
+        values = self._workspace.buffer("fp8_values")[: num_tokens * num_in].view(num_tokens, num_in)
+        scales = self._workspace.buffer("fp8_scales")[:num_tokens].view(num_tokens, 1)
+        block = triton.next_power_of_2(num_in)
+        quantize_tokens_kernel[(num_tokens,)](
+            x, values, scales, num_in, x.stride(0), BLOCK=block, num_warps=min(16, max(4, block // 1024))
+        )
+        return values, scales
+
+
+def _check(x: torch.Tensor, out: torch.Tensor, num_in: int, num_out: int, workspace: LinearWorkspace) -> None:
+    if x.shape[0] > workspace.max_tokens:
+        raise EngineError(
+            f"a linear layer got {x.shape[0]} tokens; its workspace holds {workspace.max_tokens}"
+        )
+    if x.shape[1] != num_in or tuple(out.shape) != (x.shape[0], num_out):
+        raise EngineError(
+            f"linear from {num_in} to {num_out} got x {list(x.shape)} and out {list(out.shape)}"
+        )
+    if x.dtype != workspace.dtype or out.dtype != workspace.dtype or x.stride(1) != 1 or out.stride(1) != 1:
+        raise EngineError(f"x and out must be {workspace.dtype} with a contiguous last axis")
