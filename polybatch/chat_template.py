@@ -1,17 +1,22 @@
 """Conversations to prompt text: check the messages, render the checkpoint's Jinja template.
 
 A template is part of a checkpoint, so it runs in Jinja's immutable sandbox: it sees the messages and
-a few functions that the field's templates use, and can change nothing.
+a few functions that the field's templates use, can change nothing, and has a limited time and length.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from polybatch.errors import ModelError, RequestError
+
+MAX_RENDER_S = 2.0
+MAX_RENDERED_CHARS = 1 << 26
 
 
 def check_messages(messages: object) -> list[dict[str, Any]]:
@@ -57,8 +62,8 @@ def _bad(message: str) -> RequestError:
     return RequestError(message, field="messages")
 
 
-def compile_template(source: str) -> Callable[..., str]:
-    """A function of keyword variables that renders the template.
+def compile_template(source: str, max_s: float = MAX_RENDER_S) -> Callable[..., str]:
+    """A function of keyword variables that renders the template within max_s seconds. Thread-safe.
 
     Raises ModelError for a template that does not parse; the function raises RequestError where it
     fails on a conversation, with what the template itself says about it.
@@ -67,12 +72,39 @@ def compile_template(source: str) -> Callable[..., str]:
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+    deadline = threading.local()
+
+    def check_time() -> None:
+        if time.monotonic() > deadline.at:
+            raise TemplateError(f"it takes more than {max_s:g} s: send fewer or shorter messages")
+
+    class TimedEnvironment(ImmutableSandboxedEnvironment):
+        """Looks at the clock wherever the sandbox is asked anyway, which no loop of a template avoids."""
+
+        intercepted_binops = frozenset(("*", "**", "+", "%", "-", "//"))
+
+        def getattr(self, obj: Any, attribute: str) -> Any:
+            check_time()
+            return super().getattr(obj, attribute)
+
+        def getitem(self, obj: Any, argument: Any) -> Any:
+            check_time()
+            return super().getitem(obj, argument)
+
+        def call(self, *args: Any, **kwargs: Any) -> Any:
+            check_time()
+            return super().call(*args, **kwargs)
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            check_time()
+            if operator == "**" or (operator == "*" and max(_length(left), _length(right)) > 0):
+                _check_product(operator, left, right)
+            return super().call_binop(context, operator, left, right)
+
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
+    environment = TimedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     # Jinja's own filter escapes for HTML, which a prompt is not.
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = raise_exception
@@ -83,14 +115,36 @@ def compile_template(source: str) -> Callable[..., str]:
         raise ModelError(f"the checkpoint's chat template does not parse: {error}") from error
 
     def render(**variables: Any) -> str:
+        deadline.at = time.monotonic() + max_s
+        pieces: list[str] = []
+        num_chars = 0
         try:
-            return template.render(**variables)
+            for piece in template.generate(**variables):
+                check_time()
+                pieces.append(piece)
+                num_chars += len(piece)
+                if num_chars > MAX_RENDERED_CHARS:
+                    raise TemplateError(f"it writes more than {MAX_RENDERED_CHARS:,} characters")
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise _bad(f"the chat template refuses these messages: {error}") from error
         except RecursionError as error:
             raise _bad("the messages are nested too deeply for the chat template") from error
+        return "".join(pieces)
 
     return render
+
+
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, (str, list, tuple)) else 0
+
+
+def _check_product(operator: str, left: Any, right: Any) -> None:
+    """Refuse what one operation would blow up: powers, and long repetitions of texts and lists."""
+    if operator == "**":
+        raise ValueError("powers are not allowed")
+    count = right if isinstance(right, int) else left
+    if isinstance(count, int) and count * max(_length(left), _length(right)) > MAX_RENDERED_CHARS:
+        raise ValueError(f"a product is longer than {MAX_RENDERED_CHARS:,} characters")
 
 
 def _to_json(

@@ -85,3 +85,22 @@ def test_a_template_cannot_leave_the_sandbox(template: str) -> None:
 def test_a_template_that_does_not_parse_is_a_model_error() -> None:
     with pytest.raises(ModelError, match="does not parse"):
         compile_template("{% for %}")
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["", "{{ messages[0].role }}", "{% set x = a %}", "{% set ns.n = ns.n + 1 %}"],
+)
+def test_a_template_that_does_not_end_is_stopped(body: str) -> None:
+    loops = "{% for a in range(99999) %}{% for b in range(99999) %}" + body + "{% endfor %}{% endfor %}"
+    render = compile_template("{% set ns = namespace(n=0) %}" + loops, max_s=0.05)
+    with pytest.raises(RequestError, match=r"takes more than 0\.05 s"):
+        render(messages=[{"role": "user", "content": "x"}])
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ 'a' * 10**20 }}", "{{ 'a' * 10000000000 }}", "{{ [1] * 10000000000 }}"]
+)
+def test_a_template_cannot_ask_for_endless_memory(source: str) -> None:
+    with pytest.raises(RequestError, match="refuses"):
+        compile_template(source)()
