@@ -1,6 +1,8 @@
 """Settings of every test run; shared helpers are in `helpers.py`, beside this file."""
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,25 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Without a GPU, CUDA kernels run in Triton's interpreter. Read when a kernel is defined.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interpreted_loop_bounds() -> Iterator[None]:
+    """Triton 3.6 interprets scalars as arrays of one element, which NumPy 2.4 no longer takes as indices."""
+    if "triton" not in sys.modules or os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def with_item(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(interpreter, "_patch_lang_tensor", with_item)
+        yield
 
 
 @pytest.fixture(scope="session")

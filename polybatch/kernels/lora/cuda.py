@@ -1,0 +1,315 @@
+"""lora in Triton: shrink (h = A x) and expand (y = gain (y + B h) + bias) over the work of `lora.work`.
+
+Grids are fixed and programs walk lists whose lengths they read from device memory, so one CUDA graph
+serves any adapters, and a launch without work ends at once. Rows of A and B go from the pool straight to
+the matrix unit; tokens are padded to a tile's 16 or 64, which costs nothing where reading rows is what
+costs. h is kept in float32 and split into two 16-bit terms for the second product: the result is rounded
+once, as the contract asks. Nothing is added atomically: parts of h are summed in their order.
+Sources: Punica (Chen et al. 2023) for shrink and expand; Flash-Decoding's split of the reduction.
+"""
+
+# Triton reads its kernels' annotations as its own.
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from polybatch.adapters.layout import ALIGN_BYTES
+from polybatch.kernels.lora.work import (
+    A_WORD,
+    ABSENT,
+    BLOCK_RANK,
+    BLOCK_TOKENS,
+    FIRST,
+    H_START,
+    MODULE,
+    NARROW,
+    NUM_TOKENS,
+    RANK,
+    STRIDE,
+    TILE_FIELDS,
+    TILE_ITEMS,
+    WIDE,
+    GroupShape,
+    LoraPlan,
+)
+
+_ITEMS = tl.constexpr(TILE_ITEMS)
+_FIELDS = tl.constexpr(TILE_FIELDS)
+_FIRST, _NUM_TOKENS, _H_START = tl.constexpr(FIRST), tl.constexpr(NUM_TOKENS), tl.constexpr(H_START)
+_RANK, _STRIDE, _A_WORD = tl.constexpr(RANK), tl.constexpr(STRIDE), tl.constexpr(A_WORD)
+_MODULE, _ABSENT = tl.constexpr(MODULE), tl.constexpr(ABSENT)
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How one kernel of one variant is compiled: columns of a block, and Triton's warps and stages."""
+
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+# Per variant; chosen by benchmarks/cuda/lora.py on an H100.
+SHRINK = {NARROW: Tuning(128, 2, 4), WIDE: Tuning(64, 4, 4)}
+EXPAND = {NARROW: Tuning(256, 4, 2), WIDE: Tuning(128, 4, 2)}
+# Rows of B in one turn of expand's loop.
+EXPAND_RANK = {NARROW: 16, WIDE: 16}
+PROGRAMS_PER_SM = 8
+
+
+@triton.jit(do_not_specialize=["layer", "part_blocks", "num_parts"])
+def shrink_kernel(
+    x, h, memory, words, tiles, items, bounds, stride_x, layer, part_blocks, num_parts,
+    NUM_IN: tl.constexpr, UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program: some rows of A against one part of the columns of x, for one tile at a time."""
+    if PDL:
+        gdc_launch_dependents()
+    first_item = tl.load(bounds)
+    num_work = (tl.load(bounds + 1) - first_item) * num_parts
+    for work in range(tl.program_id(0), num_work, tl.num_programs(0)):
+        item = tl.load(items + first_item + work // num_parts)
+        part = work % num_parts
+        record = tiles + (item // _ITEMS) * _FIELDS
+        first = tl.load(record + _FIRST)
+        num_tokens = tl.load(record + _NUM_TOKENS)
+        h_start = tl.load(record + _H_START)
+        rank = tl.load(record + _RANK)
+        word = tl.load(record + _A_WORD) + layer * tl.load(record + _STRIDE)
+        num_blocks = tl.cdiv(rank, BLOCK_R)
+        per_item = tl.cdiv(num_blocks, _ITEMS)
+        first_block = (item % _ITEMS) * per_item
+        low = part * part_blocks
+        high = tl.minimum(low + part_blocks, (NUM_IN + BLOCK_K - 1) // BLOCK_K)
+        t = tl.arange(0, BLOCK_T)
+        k = tl.arange(0, BLOCK_K)
+        x_rows = x + (first + t).to(tl.int64)[:, None] * stride_x
+        for block in range(first_block, tl.minimum(first_block + per_item, num_blocks)):
+            r = block * BLOCK_R + tl.arange(0, BLOCK_R)
+            start = tl.load(words + word + r, mask=r < rank, other=-1)
+            is_row = start >= 0
+            rows = memory + start.to(tl.int64)[None, :] * UNIT
+            if PDL:
+                gdc_wait()
+            total = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
+            for step in tl.range(low, high, num_stages=STAGES):
+                at = step * BLOCK_K + k
+                is_a = is_row[None, :] & (at < NUM_IN)[:, None]
+                is_x = (t < num_tokens)[:, None] & (at < NUM_IN)[None, :]
+                a = tl.load(rows + at[:, None], mask=is_a, other=0.0)
+                here = tl.load(x_rows + at[None, :], mask=is_x, other=0.0)
+                total = tl.dot(here, a, total, input_precision="ieee" if EXACT else "tf32")
+            target = (
+                h + h_start.to(tl.int64) + (part * num_tokens + t).to(tl.int64)[:, None] * rank + r[None, :]
+            )
+            # A row that this layer lacks is 0 even where x is infinite.
+            total = tl.where(is_row[None, :], total, 0.0)
+            tl.store(target, total, mask=(t < num_tokens)[:, None] & (r < rank)[None, :])
+
+
+@triton.jit(do_not_specialize=["layer", "num_parts"])
+def expand_kernel(
+    y, h, memory, words, tiles, bounds, stride_y, layer, num_parts,
+    OUT_0: tl.constexpr, OUT_1: tl.constexpr, OUT_2: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    EXACT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program: one block of columns of one module, for one tile at a time.
+
+    PARTS: number of parts of h, or 0 where it is `num_parts`.
+    """
+    if PDL:
+        gdc_launch_dependents()
+    blocks_0: tl.constexpr = (OUT_0 + BLOCK_N - 1) // BLOCK_N
+    blocks_1: tl.constexpr = (OUT_1 + BLOCK_N - 1) // BLOCK_N
+    num_blocks: tl.constexpr = blocks_0 + blocks_1 + (OUT_2 + BLOCK_N - 1) // BLOCK_N
+    is_even: tl.constexpr = (OUT_0 % BLOCK_N) + (OUT_1 % BLOCK_N) + (OUT_2 % BLOCK_N) == 0
+    first_tile = tl.load(bounds + 2)
+    num_work = (tl.load(bounds + 3) - first_tile) * num_blocks
+    for work in range(tl.program_id(0), num_work, tl.num_programs(0)):
+        block = work % num_blocks
+        record = tiles + (first_tile + work // num_blocks) * _FIELDS
+        module = (block >= blocks_0).to(tl.int32) + (block >= blocks_0 + blocks_1).to(tl.int32)
+        b_word = tl.load(record + _MODULE + 3 * module)
+        if b_word != _ABSENT:
+            first = tl.load(record + _FIRST)
+            num_tokens = tl.load(record + _NUM_TOKENS)
+            h_start = tl.load(record + _H_START)
+            h_rank = tl.load(record + _RANK)
+            rank = tl.load(record + _MODULE + 3 * module + 1)
+            h_first = tl.load(record + _MODULE + 3 * module + 2)
+            word = words + b_word + layer * tl.load(record + _STRIDE)
+            gain_start = tl.load(word)
+            bias_start = tl.load(word + 1)
+            # Column of the module, and of the group's output.
+            before = tl.where(module == 0, 0, tl.where(module == 1, blocks_0, blocks_0 + blocks_1))
+            width = tl.where(module == 0, OUT_0, tl.where(module == 1, OUT_1, OUT_2))
+            offset = tl.where(module == 0, 0, tl.where(module == 1, OUT_0, OUT_0 + OUT_1))
+            n = (block - before) * BLOCK_N + tl.arange(0, BLOCK_N)
+            is_column = (n >= 0) if is_even else (n < width)
+            t = tl.arange(0, BLOCK_T)
+            is_token = t < num_tokens
+            h_rows = h + h_start.to(tl.int64) + h_first + t.to(tl.int64)[:, None] * h_rank
+            total = tl.zeros([BLOCK_T, BLOCK_N], dtype=tl.float32)
+            for low in tl.range(0, rank, BLOCK_R, num_stages=STAGES):
+                r = low + tl.arange(0, BLOCK_R)
+                start = tl.load(word + 2 + r, mask=r < rank, other=-1)
+                is_row = start >= 0
+                b = tl.load(memory + start.to(tl.int64)[:, None] * UNIT + n[None, :],
+                            mask=is_row[:, None] & is_column[None, :], other=0.0)  # fmt: skip
+                if PDL:
+                    gdc_wait()
+                is_value = is_token[:, None] & is_row[None, :]
+                value = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
+                if PARTS > 0:
+                    for part in tl.static_range(PARTS):
+                        at = h_rows + part * num_tokens * h_rank + r[None, :]
+                        value += tl.load(at, mask=is_value, other=0.0)
+                else:
+                    for part in range(num_parts):
+                        at = h_rows + part * num_tokens * h_rank + r[None, :]
+                        value += tl.load(at, mask=is_value, other=0.0)
+                if EXACT:
+                    total = tl.dot(value, b.to(tl.float32), total, input_precision="ieee")
+                else:
+                    high = value.to(b.dtype)
+                    rest = (value - high.to(tl.float32)).to(b.dtype)
+                    total = tl.dot(rest, b, total)
+                    total = tl.dot(high, b, total)
+            if PDL:
+                gdc_wait()
+            at = y + (first + t).to(tl.int64)[:, None] * stride_y + offset + n[None, :]
+            is_target = is_token[:, None] & is_column[None, :]
+            total += tl.load(at, mask=is_target, other=0.0).to(tl.float32)
+            if gain_start >= 0:
+                gain = tl.load(memory + gain_start.to(tl.int64) * UNIT + n, mask=is_column, other=0.0)
+                total *= gain.to(tl.float32)[None, :]
+            if bias_start >= 0:
+                bias = tl.load(memory + bias_start.to(tl.int64) * UNIT + n, mask=is_column, other=0.0)
+                total += bias.to(tl.float32)[None, :]
+            tl.store(at, total.to(y.dtype.element_ty), mask=is_target)
+
+
+class CudaLora:
+    """Launches the kernels for one model: nothing is allocated after the constructor.
+
+    shapes: groups of a decoder layer. dtype: of activations and adapter rows. max_h: as in LoraLimits.
+    num_programs: size of the grids; by default as many as the device holds at once.
+    use_pdl: programmatic dependent launch: programs start, and expand reads rows of B, while the kernel
+        before them in the stream ends. Only kernels before that wrote nothing but x, y or h may do so.
+    """
+
+    def __init__(
+        self,
+        shapes: tuple[GroupShape, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        max_h: int,
+        *,
+        num_programs: int | None = None,
+        use_pdl: bool = False,
+    ) -> None:
+        self.shapes = shapes
+        self.h = torch.empty(max_h, dtype=torch.float32, device=device)
+        self._unit = ALIGN_BYTES // dtype.itemsize
+        self._exact = dtype == torch.float32
+        self._use_pdl = use_pdl
+        if num_programs is None:
+            num_programs = PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+        self._grid = (num_programs,)
+
+    def shrink(
+        self,
+        group: int,
+        layer: int,
+        x: torch.Tensor,
+        memory: torch.Tensor,
+        words: torch.Tensor,
+        arrays: Mapping[str, torch.Tensor],
+        plan: LoraPlan,
+        round_: int = 0,
+    ) -> None:
+        """h of one round of one group. It may run beside the base layer: it reads x and writes h only.
+
+        x: [T, in], rows contiguous. memory: the layer's pool, flat, in the dtype of x. words: from
+        `CudaAdapters`. arrays: device copies of what `work.fill` wrote.
+        """
+        shape = self.shapes[group]
+        for variant in _variants(plan, round_):
+            tuning = SHRINK[variant]
+            parts = (shape.narrow_parts, plan.wide_parts)[variant]
+            columns = shape.part_columns if variant == NARROW else -(-shape.num_in // parts)
+            shrink_kernel[self._grid](
+                x, self.h, memory, words, arrays["lora_tiles"][group], arrays["lora_items"][group],
+                arrays["lora_bounds"][round_, variant, group], x.stride(0), layer,
+                -(-columns // tuning.columns), parts,
+                NUM_IN=shape.num_in, UNIT=self._unit, BLOCK_T=BLOCK_TOKENS[variant],
+                BLOCK_R=BLOCK_RANK[variant], BLOCK_K=tuning.columns, STAGES=tuning.num_stages,
+                EXACT=self._exact, PDL=self._use_pdl, **self._options(tuning),
+            )  # fmt: skip
+
+    def expand(
+        self,
+        group: int,
+        layer: int,
+        y: torch.Tensor,
+        memory: torch.Tensor,
+        words: torch.Tensor,
+        arrays: Mapping[str, torch.Tensor],
+        plan: LoraPlan,
+        round_: int = 0,
+    ) -> None:
+        """Add one round of one group to y in place, then its gains and biases.
+
+        y: [T, out], modules side by side, dtype of x. Call it after `shrink` of the same round and after
+        the base layer wrote y.
+        """
+        shape = self.shapes[group]
+        outs = (*shape.outs, 0, 0)
+        for variant in _variants(plan, round_):
+            tuning = EXPAND[variant]
+            expand_kernel[self._grid](
+                y, self.h, memory, words, arrays["lora_tiles"][group],
+                arrays["lora_bounds"][round_, variant, group], y.stride(0), layer, plan.wide_parts,
+                OUT_0=outs[0], OUT_1=outs[1], OUT_2=outs[2],
+                PARTS=shape.narrow_parts if variant == NARROW else 0, UNIT=self._unit,
+                BLOCK_T=BLOCK_TOKENS[variant], BLOCK_R=EXPAND_RANK[variant], BLOCK_N=tuning.columns,
+                STAGES=tuning.num_stages, EXACT=self._exact, PDL=self._use_pdl, **self._options(tuning),
+            )  # fmt: skip
+
+    def __call__(
+        self,
+        group: int,
+        layer: int,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        memory: torch.Tensor,
+        words: torch.Tensor,
+        arrays: Mapping[str, torch.Tensor],
+        plan: LoraPlan,
+    ) -> None:
+        """All rounds of one group, one after the other on the current stream."""
+        for round_ in range(len(plan.rounds)):
+            self.shrink(group, layer, x, memory, words, arrays, plan, round_)
+            self.expand(group, layer, y, memory, words, arrays, plan, round_)
+
+    def _options(self, tuning: Tuning) -> dict[str, Any]:
+        return {"num_warps": tuning.num_warps, "launch_pdl": self._use_pdl}
+
+
+def _variants(plan: LoraPlan, round_: int) -> list[int]:
+    has_narrow, has_wide = plan.rounds[round_]
+    return [NARROW] * has_narrow + [WIDE] * has_wide
+
+
+__all__ = ["CudaLora", "Tuning", "expand_kernel", "shrink_kernel"]
