@@ -106,25 +106,26 @@ def _load_x(pointers, is_token, inputs_left, column, dtype: tl.constexpr, EVEN_K
     return tl.load(pointers, mask=mask, other=0.0).to(dtype)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "k_tiles", "split"])
 def int4_linear_kernel(
     x_ptr,  # [num_tokens, num_in], rows x_stride apart
     words_ptr,  # [k_tiles, rows, 64] int16
     scales_ptr,  # GROUPED: [k_tiles + 1, rows] int32, two 16-bit scales each; else [rows] float
     offsets_ptr,  # HAS_ZEROS: [k_tiles + 1, rows] int32, 8 - zero of two groups; else unused
     out_ptr,  # [num_tokens, num_out], rows out_stride apart
-    partials_ptr,  # [m tiles, out tiles, SPLIT_K, BLOCK_OUT, BLOCK_M] float32
+    partials_ptr,  # [m tiles, out tiles, split, BLOCK_OUT, BLOCK_M] float32
     arrived_ptr,  # [m tiles * out tiles] int32, zero before and after
     num_tokens,
     num_in,
     num_out,
     rows,
     k_tiles,
+    split,
     x_stride,
     out_stride,
     BLOCK_M: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
-    SPLIT_K: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     EVEN_K: tl.constexpr,
     GROUPED: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
@@ -132,7 +133,7 @@ def int4_linear_kernel(
     ASSEMBLY: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One tile [BLOCK_OUT, BLOCK_M] of y^T over one of SPLIT_K stretches of the inputs."""
+    """One tile [BLOCK_OUT, BLOCK_M] of y^T over one of `split` stretches of the inputs."""
     # The interpreter does not multiply 16-bit floats rightly.
     dtype: tl.constexpr = x_ptr.dtype.element_ty if ASSEMBLY else tl.float32
     out_tile = tl.program_id(0)
@@ -142,8 +143,8 @@ def int4_linear_kernel(
     token = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, 64)
     is_token = token < num_tokens
-    first = part * k_tiles // SPLIT_K
-    last = (part + 1) * k_tiles // SPLIT_K
+    first = part * k_tiles // split
+    last = (part + 1) * k_tiles // split
     if DEPENDENT:
         gdc_wait()
         gdc_launch_dependents()
@@ -191,18 +192,18 @@ def int4_linear_kernel(
 
     mask = is_token[:, None] & (row < num_out)[None, :]
     out_ptrs = out_ptr + token[:, None] * out_stride + row[None, :]
-    if SPLIT_K == 1:
+    if not IS_SPLIT:
         tl.store(out_ptrs, tl.trans(acc).to(out_ptr.dtype.element_ty), mask=mask)
     else:
         tile_id = m_tile * tl.num_programs(0) + out_tile
         cell = tl.arange(0, BLOCK_OUT)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-        partial_ptrs = partials_ptr + tile_id * (SPLIT_K * BLOCK_OUT * BLOCK_M) + cell
+        partial_ptrs = partials_ptr + tile_id * (split * BLOCK_OUT * BLOCK_M) + cell
         tl.store(partial_ptrs + part * (BLOCK_OUT * BLOCK_M), acc)
         # All threads' stores come before the count that publishes them.
         tl.debug_barrier()
-        if tl.atomic_add(arrived_ptr + tile_id, 1, sem="acq_rel") == SPLIT_K - 1:
+        if tl.atomic_add(arrived_ptr + tile_id, 1, sem="acq_rel") == split - 1:
             total = tl.zeros([BLOCK_OUT, BLOCK_M], tl.float32)
-            for other in range(SPLIT_K):
+            for other in range(split):
                 total += tl.load(partial_ptrs + other * (BLOCK_OUT * BLOCK_M), cache_modifier=".cg")
             tl.store(out_ptrs, tl.trans(total).to(out_ptr.dtype.element_ty), mask=mask)
             tl.store(arrived_ptr + tile_id, 0)
