@@ -16,6 +16,7 @@ from polybatch.adapters.weights import AdapterWeights, VocabularyDelta
 from polybatch.config import DTYPES, QUANTIZATIONS, ModelSpec, PoolSpec
 from polybatch.errors import ConfigError, EngineError
 from polybatch.execution.cpu_adapters import CpuAdapters, cpu_shapes
+from polybatch.execution.cpu_kernels import KernelShape, ensure_kernels
 from polybatch.execution.cpu_program import CpuProgram, Precision, StepAddresses
 from polybatch.execution.cpu_step import StepArrays
 from polybatch.kernels.cpu.compile import detect_isa
@@ -74,6 +75,8 @@ class CpuExecutor:
         self._spec = spec
         self._precision = Precision.of(dtype, quantization)
         self._threads = threads or available_processors()
+        p = self._precision
+        ensure_kernels(KernelShape.of(spec, p.dtype, p.linear, p.head), self._threads)
         bytes_per_page = page_bytes(spec, page_size, dtype)
         self._pool = PoolSpec(num_pages, page_size, bytes_per_page, spec.num_layers)
         arena = aligned_bytes(self._pool.total_bytes)
@@ -99,7 +102,14 @@ class CpuExecutor:
             page_bytes=bytes_per_page,
         )
         self._program = CpuProgram(
-            weights, self._precision, addresses, max_num_tokens, max_num_tokens, max_model_len, progress
+            weights,
+            self._precision,
+            addresses,
+            max_num_tokens,
+            max_num_tokens,
+            max_model_len,
+            progress,
+            self._threads,
         )
         self._adapters = CpuAdapters(
             spec,
@@ -136,7 +146,7 @@ class CpuExecutor:
                 raise EngineError(f"the plan uses adapter {digest[:12]}, which is not resident")
             placed = self._adapters.table(adapters[digest], plan.resident[digest])
             self._program.reserve_ranks(placed.num_ranks)
-            tables[digest] = placed.table.ctypes.data
+            tables[digest] = (placed.table.ctypes.data, placed.max_rank)
         self._step.fill(plan, tables)
         program = self._program.adapted if used else self._program.plain
         state = self._step.state.ctypes.data
@@ -171,7 +181,7 @@ class CpuExecutor:
         step = self._step
         return [
             (addresses[int(step.adapter_tables[slot])], slice(int(first), int(first + count)))
-            for first, count, slot in step.segments[: int(step.state[NUM_SEGMENTS])]
+            for first, count, slot in step.segments[: int(step.state[NUM_SEGMENTS]), :3]
         ]
 
     def _patch_logits(

@@ -7,10 +7,12 @@ all base rows walks the one that has never heard of them.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +20,10 @@ import numpy as np
 import torch
 
 from polybatch.errors import ConfigError
+from polybatch.execution.cpu_kernels import KernelShape, compile_kernels
 from polybatch.kernels.cpu.emit import LANES, LOG2_E
-from polybatch.kernels.cpu.layout import ITEM_BYTES, NUM_LOGITS, NUM_TOKENS, padded
-from polybatch.kernels.cpu.memory import aligned_bytes, release_free_memory
+from polybatch.kernels.cpu.layout import ITEM_BYTES, LISTED_ROWS, MODULES, NUM_LOGITS, NUM_TOKENS, padded
+from polybatch.kernels.cpu.memory import Area, aligned_bytes, release_free_memory
 from polybatch.kernels.cpu.team import Program
 from polybatch.kernels.linear.cpu import (
     ADD,
@@ -32,20 +35,18 @@ from polybatch.kernels.linear.cpu import (
     SILU_MUL,
     STORE,
     W_PTR,
-    compile_linear,
 )
 from polybatch.kernels.linear.cpu_pack import INTEGER_KINDS, PackedLinear, Weight, pack
 from polybatch.kernels.linear.quantize import GROUP
 from polybatch.kernels.lora.cpu import H_PTR as SHRINK_H_PTR
 from polybatch.kernels.lora.cpu import H_STRIDE as SHRINK_H_STRIDE
-from polybatch.kernels.lora.cpu import compile_shrink
-from polybatch.kernels.norm.cpu import compile_embed, compile_norm, compile_quantize
-from polybatch.kernels.ragged_attention.cpu import compile_attention
-from polybatch.kernels.write_kv.cpu import compile_write_kv
 from polybatch.models.rope import rope_frequencies
 from polybatch.models.weights import LayerWeights, ModelWeights
 
 Operation = tuple[int, list[int]]
+
+TRIM_LAYERS = 8
+"""Layers packed between two times that freed memory goes back to the system."""
 
 
 def bits_of(value: float) -> int:
@@ -123,6 +124,38 @@ class Buffers:
         return tensor.data_ptr()
 
 
+@dataclass(frozen=True, slots=True)
+class _PackedLayer:
+    """A layer's weights as its operations take them."""
+
+    qkv: PackedLinear
+    o: PackedLinear
+    gate_up: PackedLinear
+    down: PackedLinear
+    input_norm: torch.Tensor
+    post_attention_norm: torch.Tensor
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+
+
+@contextlib.contextmanager
+def packing_threads(count: int) -> Iterator[Executor]:
+    """Threads that dequantise and pack, a layer each, every torch call on the thread that makes it.
+
+    torch's own threads meet at a barrier in every call, thousands of times here: with other work on the
+    processors each meeting takes a time slice, and packing took forty times as long.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    # torch counts its threads per calling thread; those that are new take over what was set last.
+    workers = ThreadPoolExecutor(count, "polybatch-pack", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield workers
+    finally:
+        workers.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
+
+
 class CpuProgram:
     """Packed weights, buffers and the operation tables of one model on the CPU."""
 
@@ -135,6 +168,7 @@ class CpuProgram:
         max_logits: int,
         max_model_len: int,
         progress: Callable[[int, int], None] | None = None,
+        threads: int = 1,
     ) -> None:
         spec = weights.spec
         self.spec = spec
@@ -148,15 +182,20 @@ class CpuProgram:
         self._allocate(max_tokens, max_logits)
         self._compile()
         self._rope(max_model_len)
+        self._area = Area()
         plain: list[Operation] = [self._embed(weights)]
         adapted = list(plain)
-        for index in range(spec.num_layers):
-            with_adapters, without = self._layer(index, weights.layer(index))
-            plain += without
-            adapted += with_adapters
-            release_free_memory()
-            if progress is not None:
-                progress(index + 1, spec.num_layers)
+        with packing_threads(threads) as workers:
+            layers = workers.map(lambda i: self._pack_layer(weights.layer(i)), range(spec.num_layers))
+            for index, layer in enumerate(layers):
+                with_adapters, without = self._layer(index, layer)
+                plain += without
+                adapted += with_adapters
+                if index % TRIM_LAYERS == 0:
+                    release_free_memory()
+                if progress is not None:
+                    progress(index + 1, spec.num_layers)
+        release_free_memory()
         head = self._head(weights)
         release_free_memory()
         self.plain = Program(plain + head)
@@ -184,6 +223,7 @@ class CpuProgram:
         self.qkv_width = padded(spec.q_size) + 2 * padded(spec.kv_size)
         self.vocab_width = padded(spec.vocab_size)
         b = self.buffers
+        self.lists = b.rows(len(MODULES) + 1, LISTED_ROWS, 8)
         self.x_tensor = b.tensor(max_tokens, self.hidden, 4).view(torch.float32)
         self.x = self.x_tensor.data_ptr()
         self.a = b.rows(max_tokens, self.hidden, item)
@@ -203,21 +243,11 @@ class CpuProgram:
         self.logits_tensor = self.logits_tensor.view(max_logits, self.vocab_width)
 
     def _compile(self) -> None:
-        spec, p = self.spec, self.precision
-        self._norm = compile_norm(p.dtype)
-        self._write_kv = compile_write_kv(
-            spec.num_heads, spec.num_kv_heads, spec.head_dim, p.dtype, spec.qk_norm
-        )
-        self._attend = compile_attention(spec.num_heads, spec.num_kv_heads, spec.head_dim, p.dtype)
-        self._shrink = compile_shrink(p.dtype)
-        self._linear = {
-            (kind, end): compile_linear(kind, end, p.dtype, p.dtype)
-            for kind, ends in ((p.linear, (STORE, ADD, SILU_MUL)), (p.head, (STORE,)))
-            for end in ends
-        }
-        self._quantizers = {
-            kind: compile_quantize(p.dtype, kind) for kind in {p.linear, p.head} if kind in INTEGER_KINDS
-        }
+        p = self.precision
+        kernels = compile_kernels(KernelShape.of(self.spec, p.dtype, p.linear, p.head))
+        self._norm, self._write_kv, self._attend = kernels.norm, kernels.write_kv, kernels.attend
+        self._embedder, self._shrink = kernels.embed, kernels.shrink
+        self._linear, self._quantizers = kernels.linear, kernels.quantizers
 
     def _rope(self, max_model_len: int) -> None:
         spec = self.spec
@@ -239,7 +269,7 @@ class CpuProgram:
         self.weight_bytes += table.numel()
         args = [table.data_ptr(), self.hidden * item, self.x, self.hidden * 4, self.hidden, NUM_TOKENS,
                 self.step.token_ids]  # fmt: skip
-        return compile_embed(dtype), args
+        return self._embedder, args
 
     def _norm_op(self, weight: torch.Tensor, dst: int, rows_index: int, rows: int) -> Operation:
         item = ITEM_BYTES[self.precision.dtype]
@@ -272,22 +302,37 @@ class CpuProgram:
             packed.scales.data_ptr() if packed.scales is not None else 0,
             self.buffers.table(packed.records), out, out_stride, rows_index,
             self.step.token_adapter if has_adapters else 0, self.step.adapter_tables, layer,
-            0, 0]))  # fmt: skip
+            0, 0, 0, 0, self.lists]))  # fmt: skip
         return ops
 
     def _pack(self, weights: list[Weight], kind: str, interleave: bool = False) -> PackedLinear:
-        packed = pack(weights, kind, interleave)
+        return pack(weights, kind, interleave, self._area.bytes)
+
+    def _keep(self, packed: PackedLinear) -> PackedLinear:
         self.weight_bytes += packed.nbytes
         self._packed.append(packed)
         return packed
 
-    def _layer(self, i: int, w: LayerWeights) -> tuple[list[Operation], list[Operation]]:
-        spec, kind, step = self.spec, self.precision.linear, self.step
+    def _pack_layer(self, w: LayerWeights) -> _PackedLayer:
+        """Runs in several threads at once."""
+        kind = self.precision.linear
+        return _PackedLayer(
+            qkv=self._pack(
+                [Weight(w.q, 0, w.q_bias), Weight(w.k, 1, w.k_bias), Weight(w.v, 2, w.v_bias)], kind
+            ),
+            o=self._pack([Weight(self._spread_heads(w.o), 3, w.o_bias)], kind),
+            gate_up=self._pack([Weight(w.gate, 4, w.gate_bias), Weight(w.up, 5, w.up_bias)], kind, True),
+            down=self._pack([Weight(w.down, 6, w.down_bias)], kind),
+            input_norm=w.input_norm,
+            post_attention_norm=w.post_attention_norm,
+            q_norm=w.q_norm,
+            k_norm=w.k_norm,
+        )
+
+    def _layer(self, i: int, w: _PackedLayer) -> tuple[list[Operation], list[Operation]]:
+        spec, step = self.spec, self.step
         item = ITEM_BYTES[self.precision.dtype]
-        qkv = self._pack([Weight(w.q, 0, w.q_bias), Weight(w.k, 1, w.k_bias), Weight(w.v, 2, w.v_bias)], kind)
-        o = self._pack([Weight(self._spread_heads(w.o), 3, w.o_bias)], kind)
-        gate_up = self._pack([Weight(w.gate, 4, w.gate_bias), Weight(w.up, 5, w.up_bias)], kind, True)
-        down = self._pack([Weight(w.down, 6, w.down_bias)], kind)
+        qkv, o, gate_up, down = map(self._keep, (w.qkv, w.o, w.gate_up, w.down))
         pages = step.pages + i * step.layer_bytes
         qkv_stride = (self.qkv_width + 2 * LANES) * 4
         attention_stride = self.attention_width * item
@@ -310,7 +355,7 @@ class CpuProgram:
             # an adapter's row is filled up with zeros to a cache line; what follows is anybody's
             return (self._shrink, [
                 src, width * item, padded(inputs, 64 // item), step.segments, step.adapter_tables, i, first,
-                count, 0, 0])  # fmt: skip
+                count, 0, 0, self.lists])  # fmt: skip
 
         heads = spec.num_heads * self.head_stride
         versions = []
@@ -353,7 +398,7 @@ class CpuProgram:
         return spread.flatten(1)
 
     def _head(self, weights: ModelWeights) -> list[Operation]:
-        packed = self._pack([Weight(weights.lm_head())], self.precision.head)
+        packed = self._keep(self._pack([Weight(weights.lm_head())], self.precision.head))
         norm = self._norm_op(weights.final_norm(), self.last, NUM_LOGITS, self.step.logit_rows)
         return [norm, *self._linear_ops(packed, STORE, self.last, self.hidden, self.logits_tensor.data_ptr(),
                                         self.vocab_width * 4, NUM_LOGITS, 0, False)]  # fmt: skip

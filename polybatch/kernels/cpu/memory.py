@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import threading
 
 import numpy as np
 import torch
@@ -11,6 +12,8 @@ import torch
 from polybatch.kernels.cpu.emit import VECTOR_BYTES
 
 HUGE_PAGE_BYTES = 2 << 20
+AREA_BYTES = 64 << 20
+"""Taken from the system at once for weights; what is never written never takes memory."""
 
 
 def aligned_bytes(size: int) -> torch.Tensor:
@@ -27,6 +30,24 @@ def aligned_bytes(size: int) -> torch.Tensor:
         raw, multiple = torch.from_numpy(np.zeros(size + 4 * VECTOR_BYTES, dtype=np.uint8)), VECTOR_BYTES
     start = -raw.data_ptr() % multiple
     return raw[start : start + size]
+
+
+class Area:
+    """Many blocks side by side in few huge pages. Blocks are as `aligned_bytes` gives them; thread-safe."""
+
+    def __init__(self, chunk_bytes: int = AREA_BYTES) -> None:
+        self._chunk_bytes = chunk_bytes
+        self._left = torch.empty(0, dtype=torch.uint8)
+        self._lock = threading.Lock()
+
+    def bytes(self, size: int) -> torch.Tensor:
+        """The next `size` bytes, zeroed; they live as long as anyone holds them."""
+        taken = -(-size // VECTOR_BYTES) * VECTOR_BYTES + 2 * VECTOR_BYTES
+        with self._lock:
+            if taken > self._left.numel():
+                self._left = aligned_bytes(max(taken, self._chunk_bytes))
+            block, self._left = self._left[:size], self._left[taken:]
+        return block
 
 
 def release_free_memory() -> None:

@@ -7,6 +7,7 @@ weights go group by group, each with its nibbles, scales and minima.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,21 +74,16 @@ class PackedLinear:
 
 def _whole_inputs(matrix: torch.Tensor, multiple: int = FLOAT_INPUTS) -> torch.Tensor:
     """[out, in] with its inputs filled up with zeros, so that the kernel's last step reads no other panel."""
-    return torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % multiple))
+    missing = -matrix.shape[1] % multiple
+    return torch.nn.functional.pad(matrix, (0, missing)) if missing else matrix
 
 
 def _panels_of(weight: torch.Tensor, columns: int) -> torch.Tensor:
     """[out, in] -> [panels, columns, in], zero-padded."""
     out, inputs = weight.shape
-    full = torch.zeros(padded(out, columns), inputs, dtype=weight.dtype)
-    full[:out] = weight
-    return full.view(-1, columns, inputs)
-
-
-def _interleave(panels: torch.Tensor, group: int) -> torch.Tensor:
-    """[panels, columns, in] -> [panels, in / group, columns, group]: one 32-bit lane per column."""
-    count, columns, inputs = panels.shape
-    return panels.view(count, columns, inputs // group, group).transpose(1, 2).contiguous()
+    missing = -out % columns
+    full = torch.nn.functional.pad(weight, (0, 0, 0, missing)) if missing else weight
+    return full.contiguous().view(-1, columns, inputs)
 
 
 def _pack_int4(q: Int4Weight, columns: int) -> torch.Tensor:
@@ -107,11 +103,17 @@ def _pack_int4(q: Int4Weight, columns: int) -> torch.Tensor:
     return torch.cat(parts, dim=2)
 
 
-def pack(weights: list[Weight], kind: str, interleave_halves: bool = False) -> PackedLinear:
+def pack(
+    weights: list[Weight],
+    kind: str,
+    interleave_halves: bool = False,
+    allocate: Callable[[int], torch.Tensor] = aligned_bytes,
+) -> PackedLinear:
     """Pack matrices that share their input, stacked along the output.
 
     weights: each with its module index for adapters (-1: none) and its bias. With
     `interleave_halves` there are two of equal shape, gate and up, and a panel holds 32 columns of each.
+    allocate: gives so many zeroed bytes, aligned and with slack behind as `aligned_bytes` does.
     Output columns of every matrix start at a multiple of 64 (of 32 in the fused case). Works slice by
     slice, so that packing a vocabulary takes little more memory than its result.
     """
@@ -126,18 +128,18 @@ def pack(weights: list[Weight], kind: str, interleave_halves: bool = False) -> P
         rows = [g + u[1:] for g, u in zip(gate, up, strict=True)]
     else:
         rows = [[*r, -1, 0, 0, 0] for r in records]
-    packed = aligned_bytes(panel_bytes * len(rows))
+    packed = allocate(panel_bytes * len(rows))
+    panels = packed.view(len(rows), panel_bytes)
     scales: list[torch.Tensor] = []
     at = 0
     for stacked in [weights] if interleave_halves else [[w] for w in weights]:
         for first in range(0, stacked[0].matrix.shape[0], SLICE_ROWS):
-            parts = [_pack_slice(w.matrix[first : first + SLICE_ROWS], kind, width) for w in stacked]
-            blob = _interleave_panels([panels for panels, _ in parts], kind)
-            blob = blob.contiguous().view(torch.uint8).reshape(-1)
-            packed[at : at + blob.numel()] = blob
-            at += blob.numel()
+            parts = [w.matrix[first : first + SLICE_ROWS] for w in stacked]
+            count = padded(parts[0].shape[0], width) // width
+            columns = _pack_slice(parts, panels[at : at + count], kind, width)
+            at += count
             if kind == "int8":
-                scales.append(torch.cat([scale for _, scale in parts], dim=1).reshape(-1))
+                scales.append(columns)
     return PackedLinear(
         kind=kind,
         in_size=in_size,
@@ -170,27 +172,34 @@ def _records(weights: list[Weight], width: int) -> tuple[list[list[int]], list[t
     return records, keep
 
 
-def _pack_slice(matrix: torch.Tensor, kind: str, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Panels of `width` columns from some rows of a matrix, and the columns' scales (int8) or nothing."""
-    if kind == "int8":
-        q8 = quantize_int8(matrix)
-        unsigned = q8.values.view(torch.uint8) ^ 128  # value + 128 in eight bits
-        panels = _interleave(_panels_of(_whole_inputs(unsigned, GROUP), width), 4)
-        return panels, _panels_of(q8.scales.view(-1, 1).float(), width)
+def _pack_slice(parts: list[torch.Tensor], panels: torch.Tensor, kind: str, width: int) -> torch.Tensor:
+    """Fill panels, uint8 [panels, bytes], from the same rows of one matrix or of gate and up.
+
+    Returns the scales of the panels' columns (int8), or nothing.
+    """
     if kind == "int4":
-        return _pack_int4(quantize_int4(matrix, GROUP), width), torch.empty(0)
-    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
-    return _interleave(_panels_of(_whole_inputs(matrix.to(dtype)), width), 4 // dtype.itemsize), torch.empty(
-        0
-    )
+        blobs = [_pack_int4(quantize_int4(part, GROUP), width) for part in parts]
+        panels.copy_(_interleave_int4(blobs).flatten(1))
+        return torch.empty(0)
+    # A lane of a column is 32 bits: 1, 2 or 4 inputs. Packing is a transposition of lanes.
+    lanes = panels.view(torch.int32).view(panels.shape[0], -1, width * len(parts))
+    scales = []
+    for i, part in enumerate(parts):
+        if kind == "int8":
+            q8 = quantize_int8(part)
+            values = _whole_inputs(q8.values.view(torch.uint8) ^ 128, GROUP)  # value + 128 in eight bits
+            scales.append(_panels_of(q8.scales.view(-1, 1).float(), width))
+        else:
+            values = _whole_inputs(part.to(torch.bfloat16 if kind == "bfloat16" else torch.float32))
+        columns = _panels_of(values, width).view(torch.int32)
+        lanes[:, :, i * width : (i + 1) * width].copy_(columns.transpose(1, 2))
+    return torch.cat(scales, dim=1).reshape(-1) if scales else torch.empty(0)
 
 
-def _interleave_panels(parts: list[torch.Tensor], kind: str) -> torch.Tensor:
+def _interleave_int4(parts: list[torch.Tensor]) -> torch.Tensor:
     """Put 32 columns of gate and 32 of up side by side in every panel; one part stays as it is."""
     if len(parts) == 1:
         return parts[0]
-    if kind != "int4":
-        return torch.cat(parts, dim=2)
     halves = []
     for part in parts:  # [panels, groups, 4 * 32 * 4 + 2 * 32 * 2]
         count, groups, _ = part.shape

@@ -45,8 +45,9 @@ class Int4Weight:
 def quantize_int8(weight: torch.Tensor) -> Int8Weight:
     """Round weight: [out, in], any float dtype, to 8 bits; an output channel of zeros stays zero."""
     wide = weight.float()
-    scales = wide.abs().amax(dim=1) / INT8_MAX
-    values = torch.round(wide / _divisor(scales)[:, None]).to(torch.int8)
+    mins, maxs = wide.aminmax(dim=1)
+    scales = torch.maximum(maxs, -mins) / INT8_MAX
+    values = (wide / _divisor(scales)[:, None]).round_().to(torch.int8)
     return Int8Weight(values, scales)
 
 
@@ -65,8 +66,8 @@ def quantize_int4(weight: torch.Tensor, group: int = GROUP) -> Int4Weight:
     grouped = weight.float().reshape(weight.shape[0], -1, group)
     mins, maxs = grouped.aminmax(dim=2)
     scales = (maxs - mins) / (INT4_LEVELS - 1)
-    levels = torch.round((grouped - mins[..., None]) / _divisor(scales)[..., None])
-    values = levels.clamp_(0, INT4_LEVELS - 1).to(torch.uint8).flatten(1)
+    levels = (grouped - mins[..., None]).div_(_divisor(scales)[..., None])
+    values = levels.round_().clamp_(0, INT4_LEVELS - 1).to(torch.uint8).flatten(1)
     return Int4Weight(values, scales, mins)
 
 
@@ -85,7 +86,7 @@ def quantize_activations(x: torch.Tensor, group: int = GROUP) -> tuple[torch.Ten
     Returns (values [T, padded in] int8, scales [T, groups] float32).
     """
     wide = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % group))
-    grouped = wide.reshape(x.shape[0], -1, group)
+    grouped = wide.reshape(x.shape[0], wide.shape[1] // group, group)
     largest = grouped.abs().amax(dim=2)
     values = torch.round(grouped * (INT8_MAX / _divisor(largest))[..., None]).to(torch.int8)
     return values.flatten(1), largest / INT8_MAX
