@@ -11,6 +11,8 @@ Those columns, or the best 64 and then 512 for top-p and min-p, are gathered fir
 hold less than the nucleus, or more than fit, the passes run over the whole row, about 20 µs each.
 """
 
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
+
 from __future__ import annotations
 
 import torch
@@ -48,11 +50,12 @@ def truncate(
     """
     rows, vocab = logits.shape
     num_spans = best.shape[1]
+    chunk = min(CANDIDATES, max(span, triton.next_power_of_2(vocab)))
     _truncate[(rows,)](
         logits, logits.stride(0), vocab, num_spans, best, sums, spans, values, ids,
         temperature, top_k, top_p, min_p, uniform, tokens, finite,
-        BLOCK=triton.next_power_of_2(num_spans), SPAN=span, SPANS=CANDIDATES // span, FIRST=FIRST_SPANS,
-        CHUNK=CANDIDATES, num_warps=8,
+        BLOCK=triton.next_power_of_2(num_spans), SPAN=span, SPANS=chunk // span, FIRST=FIRST_SPANS,
+        CHUNK=chunk, num_warps=8,
     )  # fmt: skip
 
 
@@ -126,7 +129,7 @@ def _place(
     values, count, heat, top, floor, target, low,
     COUNT: tl.constexpr, PAST: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Largest key from low on whose sum (of x >= key) reaches target, or passes it where PAST; and the sum above.
+    """Largest key from low on whose sum, of x >= key, reaches target, or passes it where PAST; the sum above.
 
     low is taken to reach it whatever its sum, so rounding cannot leave the order.
     """
@@ -147,14 +150,18 @@ def _place(
 
 
 @triton.jit
-def _draw(values, ids, count, heat, top, total, k, p, floor, number, HAS_IDS: tl.constexpr, CHUNK: tl.constexpr):
+def _draw(
+    values, ids, count, heat, top, least, total, k, p, floor, number,
+    HAS_IDS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     """Token drawn from values[:count] / heat, whose ids ascend (and are ids[:count] where HAS_IDS).
 
-    total: weight of the whole row relative to its best, top.
+    top, least: best and least of them; the cuts lie between. Without top-k and top-p, least is too
+    light to be kept. total: weight of the whole row relative to its best.
     """
     off = floor * 0.0
     # Kept are all above this key, and so many of those at it.
-    last = _key(top * 0.0 - float("inf"))
+    last = _key(least)
     at_last = count.to(tl.float64)
     if k > 0:
         last, above = _place(values, count, heat, top, off, k.to(tl.float64), last, True, False, CHUNK)
@@ -217,7 +224,7 @@ def _gather(
     logits, vocab, heat, top, most, num_spans, bound, spans, values, ids,
     SPAN: tl.constexpr, SPANS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Write columns with x >= bound, ascending; returns how many there are and the weight of those written."""
+    """Write columns with x >= bound, ascending; returns how many there are and their weight."""
     index = tl.arange(0, most.shape[0])
     active = (most >= bound) & (index < num_spans)
     tl.store(spans + tl.cumsum(active.to(tl.int32), 0) - 1, index, mask=active)
@@ -272,18 +279,22 @@ def _truncate(
     wanted = tl.where(k > 0, k, FIRST)
     is_covered = k < 0
     count = k * 0
+    bound = heat * 0.0 - float("inf")
     while (wanted <= num_spans) & (count <= CHUNK) & (is_covered == 0):
         bound = _best_spans(most, wanted)
         count, held = _gather(
             logits, vocab, heat, top, most, num_spans, bound, spans + row * num_spans, values, ids,
             SPAN, SPANS, CHUNK,
         )  # fmt: skip
-        is_enough = (k > 0) | (held >= p * total) | (tl.exp(bound - top) < floor)
+        is_enough = (k > 0) | ((p < 1) & (held >= p * total)) | (tl.exp(bound - top) < floor)
         is_covered = (count <= CHUNK) & is_enough
         wanted *= 8
     number = tl.load(uniform + row)
     if is_covered:
-        token = _draw(values, ids, count, heat * 0.0 + 1.0, top, total, k, p, floor, number, True, CHUNK)
+        token = _draw(
+            values, ids, count, heat * 0.0 + 1.0, top, bound, total, k, p, floor, number, True, CHUNK
+        )  # fmt: skip
     else:
-        token = _draw(logits, ids, vocab, heat, top, total, k, p, floor, number, False, CHUNK)
+        bound = heat * 0.0 - float("inf")
+        token = _draw(logits, ids, vocab, heat, top, bound, total, k, p, floor, number, False, CHUNK)
     tl.store(tokens + row, token)

@@ -11,6 +11,8 @@ checkpoints were trained with; the table costs max_model_len * D * 4 bytes (67 M
 512 bytes of cached reads per token and program beside 4 KiB of keys, values or queries.
 """
 
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
+
 from __future__ import annotations
 
 import torch
