@@ -55,7 +55,7 @@ def replay(
 ) -> Served:
     """Play requests for duration_s seconds. clock: the engine's. The engine must be idle, and is afterwards.
 
-    Raises EngineError if a request fails.
+    Raises EngineError if a request fails or none arrives.
     """
     if core.has_work():
         raise EngineError("the engine still has work: replay needs an idle one")
@@ -87,11 +87,15 @@ def replay(
         if output.error is not None:
             raise EngineError(f"request {output.request_id} failed: {output.error}")
     everyone = ended + [(timed, output) for timed, output in aborted if output is not None]
-    waits = [_waited(timed, output, start, end) for timed, output in everyone if timed.at_s >= window_start]
+    waits = [_waited(timed, output, start, end) for timed, output in everyone if timed.at_s >= warm_s]
+    if not waits:
+        raise EngineError(
+            f"no request arrived between {warm_s} and {duration_s} s: raise the rate or the time"
+        )
     ttft_ms = sorted(1000 * wait for wait, _ in waits)
     finished = [o for _, o in ended if o.metrics and (o.metrics.finished_s or 0) - start >= window_start]
     window_s = end - window_start
-    quantiles = statistics.quantiles(ttft_ms, n=10) if len(ttft_ms) > 1 else [float("nan")] * 9
+    quantiles = statistics.quantiles(ttft_ms * 2, n=10, method="inclusive")
     return Served(
         window_s=round(window_s, 3),
         num_arrived=len(waits),
@@ -99,10 +103,10 @@ def replay(
         num_without_token=sum(not has_token for _, has_token in waits),
         out_tok_s=round((after.num_output_tokens - before.num_output_tokens) / window_s, 1),
         req_s=round(len(finished) / window_s, 3),
-        ttft_mean_ms=round(statistics.fmean(ttft_ms), 2) if ttft_ms else float("nan"),
+        ttft_mean_ms=round(statistics.fmean(ttft_ms), 2),
         ttft_p50_ms=round(quantiles[4], 2),
         ttft_p90_ms=round(quantiles[8], 2),
-        attainment=round(statistics.fmean(ok and wait <= SLO_S for wait, ok in waits), 4) if waits else 1.0,
+        attainment=round(statistics.fmean(ok and wait <= SLO_S for wait, ok in waits), 4),
         num_loads=after.scheduler.num_adapter_loads - before.scheduler.num_adapter_loads,
         num_preemptions=after.scheduler.num_preemptions - before.scheduler.num_preemptions,
     )
