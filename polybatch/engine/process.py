@@ -9,6 +9,7 @@ sends heartbeats. When the front goes away the process ends.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import queue
@@ -62,7 +63,9 @@ class LoadedEngine:
 def load(start: ms.Start) -> LoadedEngine:
     """Load what the front asks for. Raises ConfigError, ModelError or AdapterError."""
     if is_stub(start.model):
-        core = stub_core(start.model, start.adapters, **start.settings)  # type: ignore[arg-type]
+        known = inspect.signature(stub_core).parameters
+        settings = {name: value for name, value in start.settings.items() if name in known}
+        core = stub_core(start.model, start.adapters, **settings)  # type: ignore[arg-type]
         return LoadedEngine(core, core.store, {})  # type: ignore[arg-type]
     from polybatch.engine.llm import LLM
 

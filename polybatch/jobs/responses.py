@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from polybatch.jobs.schema import Call, Endpoint
 from polybatch.request import CompletionOutput, Logprob, RequestOutput
 
 IMPOSSIBLE_LOGPROB = -9999.0
 """JSON has no -inf; OpenAI writes this for tokens that cannot occur."""
+
+
+class Scored(Protocol):
+    """Tokens with the log-probabilities at their positions."""
+
+    @property
+    def token_ids(self) -> list[int]: ...
+
+    @property
+    def logprobs(self) -> list[dict[int, Logprob]] | None: ...
 
 
 def response_body(
@@ -42,7 +52,7 @@ def response_body(
         "system_fingerprint": fingerprint,
     }
     if is_chat and call.params.prompt_logprobs is not None:
-        body["prompt_logprobs"] = _prompt_logprobs(outputs[0])
+        body["prompt_logprobs"] = prompt_logprobs_body(outputs[0].prompt_logprobs)
     return body
 
 
@@ -70,12 +80,12 @@ def _choice(call: Call, output: RequestOutput, completion: CompletionOutput, ind
     choice: dict[str, Any] = {"index": index}
     if call.endpoint is Endpoint.CHAT:
         choice["message"] = {"role": "assistant", "content": completion.text, "refusal": None}
-        choice["logprobs"] = _chat_logprobs(call, completion)
+        choice["logprobs"] = chat_logprobs(call, completion)
     else:
         choice["text"] = completion.text
-        choice["logprobs"] = _completion_logprobs(call, completion)
+        choice["logprobs"] = completion_logprobs(call, completion)
         if call.params.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = _prompt_logprobs(output)
+            choice["prompt_logprobs"] = prompt_logprobs_body(output.prompt_logprobs)
     choice["finish_reason"] = None if reason is None else reason.value
     choice["stop_reason"] = completion.stop_reason
     return choice
@@ -100,7 +110,8 @@ def _token_entry(token: int, logprob: Logprob) -> dict[str, Any]:
     return {"token": text, "logprob": _finite(logprob.logprob), "bytes": list(text.encode())}
 
 
-def _chat_logprobs(call: Call, completion: CompletionOutput) -> dict[str, Any] | None:
+def chat_logprobs(call: Call, completion: Scored) -> dict[str, Any] | None:
+    """`logprobs` of a chat choice, or of a chunk of one."""
     if call.params.logprobs is None or completion.logprobs is None:
         return None
     content = []
@@ -111,14 +122,14 @@ def _chat_logprobs(call: Call, completion: CompletionOutput) -> dict[str, Any] |
     return {"content": content, "refusal": None}
 
 
-def _completion_logprobs(call: Call, completion: CompletionOutput) -> dict[str, Any] | None:
+def completion_logprobs(call: Call, completion: Scored, offset: int = 0) -> dict[str, Any] | None:
+    """`logprobs` of a completion, or of a chunk of one. offset: characters that came before."""
     if call.params.logprobs is None or completion.logprobs is None:
         return None
     tokens: list[str] = []
     values: list[float] = []
     tops: list[dict[str, float]] = []
     offsets: list[int] = []
-    offset = 0
     for token, entries in zip(completion.token_ids, completion.logprobs, strict=True):
         text = _token_text(token, entries[token])
         tokens.append(text)
@@ -131,8 +142,11 @@ def _completion_logprobs(call: Call, completion: CompletionOutput) -> dict[str, 
     return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
 
 
-def _prompt_logprobs(output: RequestOutput) -> list[dict[str, Any] | None] | None:
-    if output.prompt_logprobs is None:
+def prompt_logprobs_body(
+    prompt_logprobs: Sequence[dict[int, Logprob] | None] | None,
+) -> list[dict[str, Any] | None] | None:
+    """`prompt_logprobs` as vLLM writes them."""
+    if prompt_logprobs is None:
         return None
     return [
         None
@@ -145,5 +159,5 @@ def _prompt_logprobs(output: RequestOutput) -> list[dict[str, Any] | None] | Non
             }
             for token, lp in entries.items()
         }
-        for entries in output.prompt_logprobs
+        for entries in prompt_logprobs
     ]

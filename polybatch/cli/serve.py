@@ -1,0 +1,151 @@
+"""`polybatch serve`: an OpenAI-compatible HTTP server."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from polybatch.cli.options import EngineOptions, with_engine
+from polybatch.errors import ConfigError
+
+_HTTP, _LIMITS, _ACCESS = "HTTP", "Limits", "Access"
+KEY_VARIABLES = ("POLYBATCH_API_KEY", "VLLM_API_KEY")
+
+
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Take the values of a YAML file for flags that are not given. Raises ConfigError."""
+    if path is None:
+        return None
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config {path} must hold a map of flags to values, such as port: 8000")
+    known = {
+        name.lstrip("-"): parameter
+        for parameter in context.command.params
+        for name in (*parameter.opts, *parameter.secondary_opts)
+    }
+    defaults: dict[str, Any] = {}
+    for key, value in content.items():
+        parameter = known.get(str(key).replace("_", "-"))
+        if parameter is None or parameter.name in (None, "config", "help"):
+            raise ConfigError(f"--config {path} has {key!r}, which is no flag of serve: see --help")
+        is_list = getattr(parameter, "multiple", False)
+        defaults[str(parameter.name)] = [value] if is_list and not isinstance(value, list) else value
+    context.default_map = defaults
+    return path
+
+
+@with_engine
+def serve(
+    *,
+    engine: EngineOptions,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file with flags by their long names; those of the command line win.",
+            callback=_read_config,
+            is_eager=True,
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(rich_help_panel=_HTTP, help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(rich_help_panel=_HTTP, min=0, max=65535)] = 8000,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(rich_help_panel=_HTTP, help="Name of the base model for clients; repeat for more."),
+    ] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            rich_help_panel=_ACCESS,
+            help="Clients need one of these; repeat for more. "
+            "Better in the environment, as POLYBATCH_API_KEY.",
+        ),
+    ] = None,
+    admin_api_key: Annotated[
+        list[str] | None,
+        typer.Option(rich_help_panel=_ACCESS, help="For loading adapters and the like; closed without one."),
+    ] = None,
+    adapter_root: Annotated[
+        list[Path] | None,
+        typer.Option(rich_help_panel=_ACCESS, help="Folder below which adapters may be loaded at run time."),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(rich_help_panel=_ACCESS, help="Host header to accept besides localhost, without keys."),
+    ] = None,
+    max_num_queued_reqs: Annotated[
+        int, typer.Option(rich_help_panel=_LIMITS, help="Completions that may wait; more get status 429.")
+    ] = 1024,
+    max_num_queued_tokens: Annotated[
+        int, typer.Option(rich_help_panel=_LIMITS, help="Prompt tokens that may wait.")
+    ] = 1_000_000,
+    max_body_bytes: Annotated[int, typer.Option(rich_help_panel=_LIMITS)] = 8 << 20,
+    max_n: Annotated[int, typer.Option(rich_help_panel=_LIMITS, help="Completions per prompt.")] = 32,
+    max_logprobs: Annotated[int, typer.Option(rich_help_panel=_LIMITS)] = 20,
+    max_stop_strings: Annotated[int, typer.Option(rich_help_panel=_LIMITS)] = 16,
+    drain_timeout: Annotated[
+        float, typer.Option(rich_help_panel=_LIMITS, help="Seconds for running requests to end on SIGTERM.")
+    ] = 30.0,
+    engine_hang_timeout: Annotated[
+        float, typer.Option(rich_help_panel=_LIMITS, help="Seconds without a finished step until a restart.")
+    ] = 300.0,
+    scheduling_policy: Annotated[
+        str, typer.Option(rich_help_panel=_LIMITS, help="fcfs, or priority: lower numbers first.")
+    ] = "fcfs",
+    enable_lora: Annotated[bool, typer.Option(hidden=True)] = True,
+    max_loras: Annotated[int | None, typer.Option(hidden=True)] = None,
+    max_lora_rank: Annotated[int | None, typer.Option(hidden=True)] = None,
+    max_cpu_loras: Annotated[int | None, typer.Option(hidden=True)] = None,
+    log_level: Annotated[
+        str, typer.Option(rich_help_panel=_HTTP, help="debug, info, warning or error.")
+    ] = "info",
+) -> None:
+    """Serve the model and its adapters over HTTP, as OpenAI's interface.
+
+    polybatch serve --adapter sql=adapters/sql --port 8000, and any OpenAI client can use the models
+    smollm2-135m-instruct and sql. Stop it with Ctrl-C or SIGTERM; what runs may end.
+    """
+    import logging
+
+    from polybatch.engine.async_llm import AsyncLLM
+    from polybatch.engine.connection import Watch
+
+    try:
+        import uvloop
+
+        from polybatch.server.config import ServerConfig
+        from polybatch.server.run import serve as run
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name} is not installed: pip install 'polybatch[serve]'") from error
+    level = logging.getLevelNamesMapping().get(log_level.upper())
+    if level is None:
+        raise ConfigError(f"--log-level is {log_level!r}; it must be debug, info, warning or error")
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for name, value in (("loras", max_loras), ("lora-rank", max_lora_rank), ("cpu-loras", max_cpu_loras)):
+        if value is not None:
+            logging.getLogger("polybatch").info("--max-%s %d: there is no such limit here", name, value)
+    model, adapters = engine.chosen_model(), engine.adapters()
+    names = tuple(served_model_name or (model,))
+    if clash := set(names) & set(adapters):
+        raise ConfigError(f"--served-model-name {clash.pop()} is also an adapter's name: choose another")
+    keys = api_key or [os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)][:1]
+    server = ServerConfig(
+        served_model_names=names, host=host, port=port, api_keys=tuple(keys),
+        admin_api_keys=tuple(admin_api_key or ()), adapter_roots=tuple(adapter_root or ()),
+        allowed_hosts=tuple(allowed_host or ()), max_num_queued_reqs=max_num_queued_reqs,
+        max_num_queued_tokens=max_num_queued_tokens, max_body_bytes=max_body_bytes, max_n=max_n,
+        max_logprobs=max_logprobs, max_stop_strings=max_stop_strings, drain_timeout_s=drain_timeout,
+    )  # fmt: skip
+    settings = engine.engine_settings() | {"policy": scheduling_policy}
+    llm = AsyncLLM(model, adapters, watch=Watch(stall_s=engine_hang_timeout), **settings)
+    status = uvloop.run(run(llm, server))
+    if status:
+        raise typer.Exit(status)

@@ -1,0 +1,24 @@
+"""The ASGI application: routes, the gate before them, one form of error."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+from polybatch import __version__
+from polybatch.server.errors import install_handlers
+from polybatch.server.gate import Gate
+from polybatch.server.routes import adapters, completions, health, models, tokens
+from polybatch.server.state import ServerState
+
+ROUTERS = (completions.router, models.router, adapters.router, tokens.router, health.router)
+
+
+def create_app(state: ServerState) -> FastAPI:
+    """An application over a started engine; whoever made the state closes it."""
+    app = FastAPI(title="Polybatch", version=__version__, docs_url=None, redoc_url=None)
+    app.state.server = state
+    for router in ROUTERS:
+        app.include_router(router)
+    install_handlers(app)
+    app.add_middleware(Gate, config=state.config, keys=state.keys)
+    return app

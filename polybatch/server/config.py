@@ -1,0 +1,69 @@
+"""What a server may be told, with its limits."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from polybatch.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Settings of the HTTP side.
+
+    served_model_names: what `model` may say for the base model; answers to `/v1/models` begin with the first.
+    api_keys: one of them is needed for every route but liveness, if there are any. admin_api_keys: for routes
+    that change the server; without one these are closed. adapter_roots: folders below which adapters may be
+    loaded at run time. allowed_hosts: Host headers besides those of this machine, for a server without keys.
+    max_num_queued_reqs, max_num_queued_tokens: completions and prompt tokens that may wait; more are
+    answered with 429. max_body_bytes: of a request. max_n, max_logprobs, max_stop_strings: per request.
+    body_timeout_s: to send a request. send_timeout_s: to take a piece of an answer. drain_timeout_s: that
+    running requests have to end on shutdown.
+    """
+
+    served_model_names: tuple[str, ...]
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    admin_api_keys: tuple[str, ...] = ()
+    adapter_roots: tuple[Path, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    max_num_queued_reqs: int = 1024
+    max_num_queued_tokens: int = 1_000_000
+    max_body_bytes: int = 8 << 20
+    max_n: int = 32
+    max_logprobs: int = 20
+    max_stop_strings: int = 16
+    body_timeout_s: float = 60.0
+    send_timeout_s: float = 60.0
+    drain_timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        if not self.served_model_names or not all(self.served_model_names):
+            raise ConfigError("served_model_names is empty; the base model needs a name")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name.startswith("max_") and value < 1:
+                raise ConfigError(f"{field.name} is {value}; it must be positive")
+            if field.name.endswith("_timeout_s") and value < 0:
+                raise ConfigError(f"{field.name} is {value}; it must not be negative")
+        for key in (*self.api_keys, *self.admin_api_keys):
+            if not key or not key.isascii() or not key.isprintable() or " " in key:
+                raise ConfigError("an API key is empty or has spaces or characters beyond printable ASCII")
+        if set(self.api_keys) & set(self.admin_api_keys):
+            raise ConfigError("a key is both an API key and an admin key: choose two")
+        for root in self.adapter_roots:
+            if not root.is_dir():
+                raise ConfigError(f"adapter root {root} is no folder: create it or name another")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it listens to this machine alone."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False

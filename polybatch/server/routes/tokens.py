@@ -1,0 +1,85 @@
+"""/tokenize and /detokenize, as vLLM has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse
+
+from polybatch.chat_template import check_messages
+from polybatch.engine.door import check_vocabulary
+from polybatch.errors import RequestError
+from polybatch.server.bodies import decode_as, read_body
+from polybatch.server.generation import encode, render
+from polybatch.server.names import adapter_of
+from polybatch.server.openapi import struct_body
+from polybatch.server.state import ServerState, state_of
+
+router = APIRouter(tags=["tokens"])
+
+
+class Tokenize(msgspec.Struct, forbid_unknown_fields=True):
+    """prompt or messages, one of them. add_special_tokens: None is true for a prompt, false for messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+
+
+class Detokenize(msgspec.Struct, forbid_unknown_fields=True):
+    tokens: list[int]
+    model: str | None = None
+
+
+@router.post("/tokenize", openapi_extra=struct_body(Tokenize))
+async def tokenize(request: Request) -> JSONResponse:
+    """Token ids of a text or of a conversation."""
+    state = state_of(request)
+    body = decode_as(await read_body(request, state.config), Tokenize)
+    _check_model(state, body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise RequestError("give either prompt or messages", field="prompt")
+    if body.messages is not None:
+        variables: dict[str, Any] = {"add_generation_prompt": body.add_generation_prompt}
+        text = await render(state, check_messages(body.messages), variables)
+    else:
+        text = body.prompt or ""
+    is_special = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
+    tokens = await encode(state, text, is_special)
+    tokenizer = state.llm.tokenizer
+    texts = (
+        [tokenizer.token_text(token) for token in tokens] if tokenizer and body.return_token_strs else None
+    )
+    return JSONResponse(
+        {
+            "count": len(tokens),
+            "max_model_len": state.llm.max_model_len,
+            "tokens": tokens,
+            "token_strs": texts,
+        }
+    )
+
+
+@router.post("/detokenize", openapi_extra=struct_body(Detokenize))
+async def detokenize(request: Request) -> JSONResponse:
+    """Text of token ids, special ones by name."""
+    state = state_of(request)
+    body = decode_as(await read_body(request, state.config), Detokenize)
+    _check_model(state, body.model)
+    tokenizer = state.llm.tokenizer
+    if tokenizer is None:
+        raise RequestError("the model has no tokenizer", field="tokens")
+    check_vocabulary("tokens", body.tokens, state.llm.spec.vocab_size)
+    return JSONResponse({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)})
+
+
+def _check_model(state: ServerState, model: str | None) -> None:
+    """Raise HttpError 404 for a model that is not here."""
+    if model is not None:
+        names = state.config.served_model_names
+        adapter_of(model, None, None, base_names=names, adapters=state.llm.adapter_paths)

@@ -1,0 +1,91 @@
+"""Runs the server from start to shutdown.
+
+SIGTERM or SIGINT: readiness turns false, no new work is taken, what runs may end within `drain_timeout_s`,
+and what then still runs is told why it ends. When the engine cannot be brought back, the server ends as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from types import FrameType
+
+import uvicorn
+
+from polybatch.engine.async_llm import AsyncLLM
+from polybatch.server.app import create_app
+from polybatch.server.config import ServerConfig
+from polybatch.server.protocol import LimitedProtocol
+from polybatch.server.state import ServerState
+
+logger = logging.getLogger("polybatch.server")
+
+FLUSH_S = 5.0
+"""For last events to reach their clients, after the requests have ended."""
+
+FAILED_STATUS = 1
+KEEP_ALIVE_S = 30
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn, but requests in flight are ended with a reason rather than cancelled."""
+
+    def __init__(self, state: ServerState) -> None:
+        config = state.config
+        super().__init__(
+            uvicorn.Config(
+                create_app(state), host=config.host, port=config.port, http=LimitedProtocol, ws="none",
+                loop="uvloop", lifespan="off", log_config=None, access_log=False, server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=int(config.drain_timeout_s + FLUSH_S) + 1,
+            )
+        )  # fmt: skip
+        self._state = state
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal begins to drain, another one ends it."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        draining = asyncio.create_task(self._drain())
+        await super().shutdown(sockets)
+        draining.cancel()
+
+    async def _drain(self) -> None:
+        self._state.is_draining = True
+        llm, limit_s = self._state.llm, self._state.config.drain_timeout_s
+        logger.info("shutting down: %d requests may end within %g s", llm.num_in_flight, limit_s)
+        try:
+            async with asyncio.timeout(limit_s):
+                await llm.wait_idle()
+        except TimeoutError:
+            logger.warning("shutting down: %d requests did not end in time", llm.num_in_flight)
+            llm.fail_all(f"the server is shutting down, and this took longer than {limit_s:g} s more")
+
+
+async def serve(llm: AsyncLLM, config: ServerConfig) -> int:
+    """Start the engine, serve until told to stop; returns the exit status.
+
+    Raises ConfigError, ModelError, AdapterError or EngineError if it cannot start.
+    """
+    async with llm:
+        state = ServerState.create(llm, config)
+        if not config.is_local and state.keys.is_open:
+            logger.warning(
+                "listening on %s without API keys: anybody who can reach it may use it", config.host
+            )
+        server = DrainingServer(state)
+        failed = asyncio.create_task(_stop_when_failed(llm, server))
+        logger.info("serving %s on http://%s:%d", config.served_model_names[0], config.host, config.port)
+        await server.serve()
+        is_failed = failed.done()
+        failed.cancel()
+    return FAILED_STATUS if is_failed else 0
+
+
+async def _stop_when_failed(llm: AsyncLLM, server: uvicorn.Server) -> None:
+    reason = await llm.wait_failed()
+    logger.critical("the server ends, because the engine cannot be brought back: %s", reason)
+    server.should_exit = True
