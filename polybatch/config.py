@@ -134,7 +134,8 @@ class SchedulerConfig:
 
     max_num_batched_tokens: token budget of a step for prefill; decodes are never held back by it.
     max_num_seqs: sequences that run at once. max_model_len: prompt + output, in tokens.
-    policy: "fcfs" or "priority".
+    policy: "fcfs" or "priority". reserve_pages: pages that only running sequences and adapters may be the
+    first to use; idle prefixes are evicted before.
     """
 
     max_num_batched_tokens: int = 2048
@@ -142,6 +143,7 @@ class SchedulerConfig:
     max_model_len: int = 4096
     policy: str = "fcfs"
     enable_prefix_caching: bool = True
+    reserve_pages: int = 0
 
     def __post_init__(self) -> None:
         for name in ("max_num_batched_tokens", "max_num_seqs", "max_model_len"):

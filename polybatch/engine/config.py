@@ -19,6 +19,9 @@ PAGE_SIZE = 16
 MEMORY_SHARE = 0.25
 """Of the available memory, what the page pool may take unless told."""
 
+CACHE_SHARE = 0.5
+"""Of a pool whose size was left to the engine, what idle prefixes may fill; the rest waits for sequences."""
+
 ADAPTER_MARGIN = 1.25
 """Over the file's bytes, for the tails of pages."""
 _UNITS = {"B": 1} | {
@@ -36,7 +39,8 @@ class EngineConfig:
     quantization: of the linear weights: None, "int8" or "int4".
     max_model_len: prompt + output in tokens; None is the model's own limit, or what memory holds.
     memory: of the page pool (KV and adapters): bytes or text such as "2GiB"; None is a quarter of
-        the available memory, or what max_num_seqs sequences of max_model_len can fill if that is less.
+        the available memory, or what max_num_seqs sequences of max_model_len can fill if that is less, and
+        takes memory for more than half of it only while running sequences need it.
     max_num_batched_tokens: prefill tokens per step. max_num_seqs: sequences that run at once.
     policy: "fcfs" or "priority". executor: "auto", "cpu" (compiled) or "eager" (the torch reference).
     threads: of the executor; None is one per processor that this process may use.
@@ -115,8 +119,10 @@ def resolve(
     if config.memory is None:
         wanted = pages_per_seq * config.max_num_seqs + -(-adapter_bytes // all_layers)
         num_pages = min(int(MEMORY_SHARE * available_bytes) // all_layers, wanted)
+        reserve_pages = int((1 - CACHE_SHARE) * num_pages)
     else:
         num_pages = parse_bytes(config.memory) // all_layers
+        reserve_pages = 0
     if num_pages < 2 or (config.max_model_len is not None and num_pages < pages_per_seq):
         raise ConfigError(
             f"memory for the page pool is {num_pages * all_layers:,} bytes, which hold "
@@ -137,6 +143,7 @@ def resolve(
             max_model_len=min(wanted_len, num_pages * PAGE_SIZE),
             policy=config.policy,
             enable_prefix_caching=config.enable_prefix_caching,
+            reserve_pages=reserve_pages,
         ),
     )
 

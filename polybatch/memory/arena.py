@@ -16,9 +16,14 @@ from polybatch.memory.prefix_tree import PrefixTree
 
 
 class Arena:
-    """The page pool with its two caches."""
+    """The page pool with its two caches.
 
-    def __init__(self, spec: PoolSpec) -> None:
+    reserve_pages: so many pages get memory only when running sequences or adapters need it. Prefixes that lie
+    idle are evicted rather than kept at that price.
+    """
+
+    def __init__(self, spec: PoolSpec, reserve_pages: int = 0) -> None:
+        self._reserve_pages = reserve_pages
         clock = Clock()
         self.page_size = spec.page_size
         self.pool = PagePool(spec.num_pages)
@@ -56,7 +61,15 @@ class Arena:
                 return None
             while self.pool.num_free < n:
                 self._evict_oldest(protected)
+        self._spare_reserve(n)
         return self.pool.allocate(n)
+
+    def _spare_reserve(self, n: int) -> None:
+        """Evict idle prefixes where `n` pages would otherwise cut into the reserve."""
+        pool = self.pool
+        while n - (pool.num_free - pool.num_fresh) > max(0, pool.num_fresh - self._reserve_pages):
+            if not self.tree.evict():
+                break
 
     def _evict_oldest(self, protected: Collection[str]) -> None:
         leaf = self.tree.oldest()

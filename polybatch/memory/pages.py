@@ -29,9 +29,10 @@ class PagePool:
 
     `refs[page]` may be read by anyone and is written only here.
     `num_releases` counts every reference ever dropped: while it stands still, no room has appeared.
+    `num_fresh` pages were never allocated, so the system may not have given memory for them; they go last.
     """
 
-    __slots__ = ("_free", "_in_tree", "num_cached", "num_pages", "num_releases", "refs")
+    __slots__ = ("_free", "_in_tree", "num_cached", "num_fresh", "num_pages", "num_releases", "refs")
 
     def __init__(self, num_pages: int) -> None:
         if num_pages < 1:
@@ -39,6 +40,7 @@ class PagePool:
         self.num_pages = num_pages
         self.refs = [0] * num_pages
         self.num_cached = 0
+        self.num_fresh = num_pages
         self.num_releases = 0
         self._in_tree = bytearray(num_pages)
         self._free = list(range(num_pages - 1, -1, -1))
@@ -56,6 +58,8 @@ class PagePool:
             return []
         pages = free[-n:]
         del free[-n:]
+        # Freed pages come back on top, so that fresh ones are always at the bottom.
+        self.num_fresh = min(self.num_fresh, len(free))
         for page in pages:
             self.refs[page] = 1
         return pages
@@ -105,6 +109,7 @@ class PagePool:
 
     def check(self) -> None:
         """Assert that the counters agree with the counts. O(num_pages); for tests."""
+        assert self.num_fresh <= len(self._free), "a fresh page is not free"
         free = set(self._free)
         assert len(free) == len(self._free), "a page is twice in the free list"
         for page, refs in enumerate(self.refs):

@@ -56,7 +56,7 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig, pool: PoolSpec, namespace: str = "") -> None:
         """namespace: whatever else the KV depends on, such as model and KV precision; constant."""
         self._config = config
-        self._arena = Arena(pool)
+        self._arena = Arena(pool, config.reserve_pages)
         self._admission = Admission(self._arena, config.max_model_len)
         self._policy = policy_named(config.policy)
         self._namespace = namespace

@@ -92,3 +92,11 @@ def test_the_default_pool_has_room_for_the_adapters_named_at_start(tmp_path: Pat
     config, spec = EngineConfig(max_model_len=64, max_num_seqs=2), fake_spec()
     without = resolve(config, spec, 100, 2**30).pool.num_pages
     assert resolve(config, spec, 100, 2**30, needed).pool.num_pages == without + 25
+
+
+def test_a_pool_sized_by_the_engine_keeps_half_for_sequences_and_one_of_a_given_size_nothing() -> None:
+    spec = fake_spec()
+    by_itself = resolve(EngineConfig(max_model_len=64, max_num_seqs=2), spec, 100, 2**30)
+    assert by_itself.scheduler.reserve_pages == by_itself.pool.num_pages // 2
+    given = resolve(EngineConfig(max_model_len=64, max_num_seqs=2, memory=10**6), spec, 100, 2**30)
+    assert given.scheduler.reserve_pages == 0

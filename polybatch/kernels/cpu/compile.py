@@ -48,7 +48,7 @@ class Deferred:
         raise TypeError("a device function exists only inside compiled kernels")
 
 
-def inner_function(function: Callable[..., Any], bindings: dict[str, Any], variant: str) -> Deferred:
+def inner_function(function: Any, bindings: dict[str, Any], variant: str) -> Deferred:
     """A part of a kernel, compiled into its callers, over the same kind of bindings as the kernel itself."""
     bindings = dict(bindings)
 
