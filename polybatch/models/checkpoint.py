@@ -7,12 +7,13 @@ Names, shapes and dtypes are checked when a checkpoint is opened, before any ten
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from polybatch.config import ModelSpec
 from polybatch.errors import ModelError
+from polybatch.models.quantized_weights import QuantizedTensor
 from polybatch.models.weights import LayerWeights
 
 
@@ -33,6 +34,13 @@ class TensorSource(Protocol):
         ...
 
     def read(self, name: str) -> torch.Tensor: ...
+
+
+@runtime_checkable
+class QuantizedTensors(Protocol):
+    """What a source may also do: give a tensor's integers as they are stored, None where it has none."""
+
+    def quantized(self, name: str) -> QuantizedTensor | None: ...
 
 
 Locate = Callable[[str, int | None], str]
@@ -125,6 +133,14 @@ class CheckpointWeights:
         return LayerWeights(**{field: self._read(field, index) for field in layer_shapes(self._spec)})
 
     def linear(self, layer: int, module: str) -> torch.Tensor:
+        return self._source.read(self._linear_name(layer, module))
+
+    def quantized_linear(self, layer: int, module: str) -> QuantizedTensor | None:
+        """The weight that `linear` dequantises, as the checkpoint stores it; None where that is in floats."""
+        name = self._linear_name(layer, module)
+        return self._source.quantized(name) if isinstance(self._source, QuantizedTensors) else None
+
+    def _linear_name(self, layer: int, module: str) -> str:
         if module not in self._spec.linear_shapes:
             raise ModelError(f"no linear layer {module!r}; there are {', '.join(self._spec.linear_shapes)}")
-        return self._read(module.removesuffix("_proj"), layer)
+        return self._locate(module.removesuffix("_proj"), layer)

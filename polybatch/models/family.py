@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from polybatch.config import ModelSpec, RopeSpec
-from polybatch.errors import ModelError
 from polybatch.models.fields import MAX_LAYERS, Fields
 
 # Field of LayerWeights -> name in a Hugging Face checkpoint, under "model.layers.<index>."
@@ -118,12 +117,6 @@ def _refuse_unsupported(config: Fields) -> None:
     activation = config.text("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise config.bad("hidden_act", "silu")
-    quantization = config.section("quantization_config")
-    if quantization is not None:
-        raise ModelError(
-            f"{config.source}: the checkpoint is quantised ({quantization.get('quant_method')}); "
-            "give the unquantised checkpoint or a GGUF file"
-        )
     if config.get("use_mrope"):
         raise config.bad("use_mrope", "false: multimodal positions are not supported")
 

@@ -20,6 +20,7 @@ from polybatch.errors import ModelError
 from polybatch.models.checkpoint import CheckpointWeights, Locate
 from polybatch.models.family import Family
 from polybatch.models.fields import Fields
+from polybatch.models.quantized_checkpoints import QuantizedSource, open_quantized
 from polybatch.models.registry import find_family
 
 INDEX = "model.safetensors.index.json"
@@ -39,8 +40,13 @@ def open_directory(path: Path) -> CheckpointWeights:
     generation_path = path / "generation_config.json"
     generation = read_fields(generation_path) if generation_path.is_file() else Fields({}, config.source)
     spec = read_spec(family, config, generation)
-    source = SafetensorsSource(path)
-    return CheckpointWeights(spec, source, locate_in(family), lambda name: _is_ignored(name, family, spec))
+    source = open_quantized(config, SafetensorsSource(path))
+
+    def is_ignored(name: str) -> bool:
+        empty_bias = isinstance(source, QuantizedSource) and source.is_empty_bias(name)
+        return empty_bias or _is_ignored(name, family, spec)
+
+    return CheckpointWeights(spec, source, locate_in(family), is_ignored)
 
 
 def read_spec(family: Family, config: Fields, generation: Fields) -> ModelSpec:
@@ -112,11 +118,15 @@ class SafetensorsSource:
         return tuple(self._slice(name).get_shape())
 
     def check_type(self, name: str) -> None:
-        dtype = self._slice(name).get_dtype()
+        dtype = self.type_of(name)
         if dtype not in _DTYPES:
             raise ModelError(
                 f"{self.label}: tensor {name} has the type {dtype}; supported are {', '.join(_DTYPES)}"
             )
+
+    def type_of(self, name: str) -> str:
+        """As safetensors spells it: "F16", "I32"."""
+        return str(self._slice(name).get_dtype())
 
     def read(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self._open[self._home[name]].get_tensor(name)

@@ -92,7 +92,6 @@ def test_mistral_window_applies_to_every_layer_unless_null() -> None:
     ("changes", "named"),
     [
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"quantization_config": {"quant_method": "awq"}}, "awq"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}}, "longrope"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "mrope_section": [1]}}, "mrope_section"),
