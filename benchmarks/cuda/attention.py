@@ -181,10 +181,17 @@ def check_steps(seed: int) -> list[Step]:
 
 
 CHECKED = [
-    (LLAMA, torch.bfloat16), (LLAMA, torch.float16), (LLAMA, torch.float32),
-    (Heads(9, 3, 64), torch.bfloat16),    (Heads(14, 2, 64), torch.bfloat16), (Heads(32, 32, 80), torch.bfloat16), (Heads(8, 8, 96), torch.float16),
-    (Heads(16, 1, 128), torch.bfloat16), (Heads(8, 4, 256), torch.bfloat16), (Heads(9, 3, 64), torch.float32),
-]  # fmt: skip
+    (LLAMA, torch.bfloat16),
+    (LLAMA, torch.float16),
+    (LLAMA, torch.float32),
+    (Heads(9, 3, 64), torch.bfloat16),
+    (Heads(9, 3, 64), torch.float32),
+    (Heads(14, 2, 64), torch.bfloat16),
+    (Heads(32, 32, 80), torch.bfloat16),
+    (Heads(8, 8, 96), torch.float16),
+    (Heads(16, 1, 128), torch.bfloat16),
+    (Heads(8, 4, 256), torch.bfloat16),
+]
 
 BASE = Tiles()
 NARROW = {
