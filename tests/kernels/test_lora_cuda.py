@@ -90,7 +90,8 @@ def test_a_rank_of_many_blocks_is_shared_by_few_items():
     rows = {"o_proj": ModuleRows(200)}
     world = build_world(SHAPES, [[rows], [{"o_proj": ModuleRows(1)}]], 4096, torch.float32,
                         torch.Generator().manual_seed(1))  # fmt: skip
-    result, expected, _, _ = run(world, 1, 0, [(0, 3, 0), (3, 20, 1)], wide=False)
+    result, expected, _, plan = run(world, 1, 0, [(0, 3, 0), (3, 20, 1)], wide=False)
+    assert plan == work.GRAPH_PLAN
     torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -100,6 +101,7 @@ def test_what_does_not_fit_the_scratch_buffer_is_done_in_rounds(wide):
     world = build_world(SHAPES, [[rows]], 4096, torch.float32, torch.Generator().manual_seed(2))
     result, expected, _, plan = run(world, 0, 0, [(0, 66, 0), (70, 74, 0)], wide=wide, max_h=9000)
     assert len(plan.rounds) > 1
+    assert plan != work.GRAPH_PLAN
     torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -116,7 +118,7 @@ def test_a_step_without_adapters_launches_programs_that_touch_nothing():
     world = build_world(SHAPES, [[{}]], 4096, torch.float32, torch.Generator().manual_seed(4))
     for segments in ([], [(0, 4, 0)]):
         result, _, before, plan = run(world, 0, 0, segments, wide=False)
-        assert plan == work.GRAPH_PLAN or plan.rounds == ((False, False),)
+        assert plan == work.GRAPH_PLAN
         assert torch.equal(result, before)
 
 
@@ -143,7 +145,7 @@ def test_tiles_cover_each_token_once_and_rounds_never_overlap_in_scratch(lengths
         used = []
         for variant in (work.NARROW, work.WIDE):
             first_item, last_item, low, high = views["lora_bounds"][round_, variant, 0].tolist()
-            assert (high > low) == plan.rounds[round_][variant]
+            assert plan.rounds[round_][variant] >= (high > low)
             items = views["lora_items"][0, first_item:last_item]
             assert set((items // work.TILE_ITEMS).tolist()) == {
                 t for t in range(low, high) if views["lora_tiles"][0, t, work.RANK]

@@ -60,6 +60,8 @@ class Tuning:
 
 # Per variant; chosen by benchmarks/cuda/lora.py on an H100.
 SHRINK = {NARROW: Tuning(128, 2, 4), WIDE: Tuning(64, 4, 4)}
+# float32, whose columns are twice as wide.
+SHRINK_EXACT = {NARROW: Tuning(64, 2, 4), WIDE: Tuning(32, 8, 4)}
 EXPAND = {NARROW: Tuning(256, 4, 2), WIDE: Tuning(128, 4, 2)}
 # Rows of B in one turn of expand's loop.
 EXPAND_RANK = {NARROW: 16, WIDE: 16}
@@ -115,6 +117,9 @@ def shrink_kernel(
             # A row that this layer lacks is 0 even where x is infinite.
             total = tl.where(is_row[None, :], total, 0.0)
             tl.store(target, total, mask=(t < num_tokens)[:, None] & (r < rank)[None, :])
+    # Without work, too: this kernel's end must imply the end of the one before it.
+    if PDL:
+        gdc_wait()
 
 
 @triton.jit(do_not_specialize=["layer", "num_parts"])
@@ -198,6 +203,8 @@ def expand_kernel(
                 bias = tl.load(memory + bias_start.to(tl.int64) * UNIT + n, mask=is_column, other=0.0)
                 total += bias.to(tl.float32)[None, :]
             tl.store(at, total.to(y.dtype.element_ty), mask=is_target)
+    if PDL:
+        gdc_wait()
 
 
 class CudaLora:
@@ -246,7 +253,7 @@ class CudaLora:
         """
         shape = self.shapes[group]
         for variant in _variants(plan, round_):
-            tuning = SHRINK[variant]
+            tuning = (SHRINK_EXACT if self._exact else SHRINK)[variant]
             parts = (shape.narrow_parts, plan.wide_parts)[variant]
             columns = shape.part_columns if variant == NARROW else -(-shape.num_in // parts)
             shrink_kernel[self._grid](

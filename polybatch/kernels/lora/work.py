@@ -130,8 +130,8 @@ def fill(
 
     views: arrays as `arrays` names them. segments: [G, 3], rows (first token, last token + 1, index into
         templates), disjoint. templates: [N, groups, TILE_FIELDS], from `CudaAdapters.place`.
-    wide: whether wide tiles will be launched. False for graphs: all tiles are narrow. A result of more than
-        one round cannot run in a graph either.
+    wide: whether wide tiles may be launched. A step fits a graph if the result equals GRAPH_PLAN, as it does
+        without wide tiles where h fits in one round.
     Raises EngineError where a capacity is exceeded.
     """
     segments = np.asarray(segments, np.int64).reshape(-1, 3)
@@ -187,11 +187,13 @@ def fill(
     rounds = tuple(
         (bool(low < num_narrow), bool(high > num_narrow)) for low, high in itertools.pairwise(edges)
     )
-    return LoraPlan(rounds, wide_parts)
+    return LoraPlan(rounds, wide_parts) if num_tiles else GRAPH_PLAN
 
 
 def _wide_parts(lengths: Int64Array, ranks: Int64Array, max_h: int) -> int:
     """Parts into which wide tiles cut the input, so that few tiles still fill the GPU; no more than fit."""
+    if not len(lengths):
+        return 1
     tiles = -(-lengths // BLOCK_TOKENS[WIDE])
     programs = int((tiles[:, None] * -(-ranks // BLOCK_RANK[WIDE])).max(axis=1, initial=0).sum())
     fitting = max_h // max(int(ranks.max(initial=0)) * BLOCK_TOKENS[WIDE], 1)
