@@ -1,6 +1,7 @@
 """What the pieces leave behind: figures with their limits beside them, the bars they must pass, JSON files.
 
-One file per piece, `G1.json` and so on, in one folder per run; `read` joins them. No torch.
+One file per piece, `G1.json` and so on, in one folder per run, or all in one file; `read` takes either.
+No torch.
 """
 
 from __future__ import annotations
@@ -134,9 +135,12 @@ def piece_document(
     }
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
-    """The documents of a run's pieces, by name."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+def read(run: Path) -> list[dict[str, Any]]:
+    """The documents of a run's pieces by name, from its folder or from one file that bundles them."""
+    if run.is_file():
+        bundled: list[dict[str, Any]] = json.loads(run.read_text())["pieces"]
+        return bundled
+    return [json.loads(path.read_text()) for path in sorted(run.glob("*.json"))]
 
 
 def figures_of(documents: Iterable[Mapping[str, Any]]) -> list[Figure]:

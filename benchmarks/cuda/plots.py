@@ -91,7 +91,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="of a run, or its bundle")
     parser.add_argument("--into", type=Path, required=True)
     arguments = parser.parse_args()
     import matplotlib
@@ -107,7 +107,7 @@ def main() -> None:
     for name, draw in PLOTS.items():
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
         if draw(known, axes):
-            file = arguments.into / f"{arguments.folder.resolve().name}_{name}.svg"
+            file = arguments.into / f"{arguments.folder.resolve().stem}_{name}.svg"
             figure.savefig(file, metadata={"Date": None})
             print(file)
         plt.close(figure)

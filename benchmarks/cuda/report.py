@@ -1,7 +1,7 @@
 """Turn a run's folder into a Markdown table: `python -m benchmarks.cuda.report benchmarks/results/cuda`.
 
 Prints to stdout, or with `--into docs/performance.md` replaces what stands between the lines
-`<!-- results:NAME -->` and `<!-- /results:NAME -->` of that page, NAME being the folder's name.
+`<!-- results:NAME -->` and `<!-- /results:NAME -->` of that page, NAME being the folder's or bundle's name.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _row(figure: Figure) -> tuple[str, ...]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda.report", description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="of a run, or its bundle")
     parser.add_argument("--into", type=Path)
     arguments = parser.parse_args()
     text = markdown(figures.read(arguments.folder))
@@ -72,7 +72,7 @@ def main() -> None:
         sys.stdout.write(text)
     else:
         page = arguments.into.read_text()
-        arguments.into.write_text(replace_section(page, arguments.folder.resolve().name, text))
+        arguments.into.write_text(replace_section(page, arguments.folder.resolve().stem, text))
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the JSON files")
+    parser.add_argument("--bundle", type=Path, help="one JSON file besides, with all pieces of the folder")
     parser.add_argument("--only", default=",".join(ALL), help="comma-separated pieces")
     parser.add_argument("--limit-s", type=float, default=180, help="seconds that a piece may take")
     parser.add_argument("--model", default="random:llama-3.1-8b")
@@ -106,6 +107,7 @@ def _mark_dead(arguments: argparse.Namespace, piece: str, died: str) -> None:
     file = arguments.out / f"{piece}.json"
     known = json.loads(file.read_text()) if file.exists() else {**context(arguments), "piece": piece}
     results.write(file, {"figures": [], "seconds": 0.0, **known, "error": died})
+    _bundle(arguments)
 
 
 def run_here(arguments: argparse.Namespace) -> None:
@@ -140,6 +142,12 @@ def _write(
 ) -> None:  # fmt: skip
     content = figures.piece_document(piece, found, error, spent, described)
     results.write(arguments.out / f"{piece}.json", content)
+    _bundle(arguments)
+
+
+def _bundle(arguments: argparse.Namespace) -> None:
+    if arguments.bundle:
+        results.write(arguments.bundle, {"pieces": figures.read(arguments.out)})
 
 
 def _set_limit(seconds: float | None) -> None:

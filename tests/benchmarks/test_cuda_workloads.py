@@ -313,6 +313,9 @@ def test_a_report_shows_figures_beside_their_limits_and_failures_with_their_reas
         (tmp_path / f"{piece}.json").write_text(json.dumps(document))
     documents = figures.read(tmp_path)
     assert figures.figures_of(documents) == [good]
+    bundle = tmp_path.with_suffix(".json")
+    bundle.write_text(json.dumps({"pieces": documents}))
+    assert figures.read(bundle) == documents
     text = report.markdown(documents)
     row = next(line for line in text.splitlines() if line.startswith("| G4"))
     assert row == "| G4 | 0.90 s | 0.80 to 1.00 | 0.72 | 0.86 | 1.05 x | 2.06 | met: 0.90 ≤ 1.10 |"
