@@ -112,6 +112,9 @@ class ModelSpec:
 
 DTYPES = ("float32", "bfloat16")
 QUANTIZATIONS = (None, "int8", "int4")
+"""What the CPU's executors know."""
+
+CUDA_QUANTIZATIONS = (None, "int4", "int4-channel", "fp8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +144,7 @@ class SchedulerConfig:
     max_num_batched_tokens: int = 2048
     max_num_seqs: int = 256
     max_model_len: int = 4096
+    max_scored_tokens: int | None = None
     policy: str = "fcfs"
     enable_prefix_caching: bool = True
     reserve_pages: int = 0

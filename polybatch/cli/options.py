@@ -45,8 +45,15 @@ class EngineOptions:
     ] = None  # fmt: skip
     dtype: Annotated[str, typer.Option(rich_help_panel=_PANEL, help="auto, bfloat16 or float32.")] = "auto"
     quantization: Annotated[
-        str | None, typer.Option("--quantization", "-q", rich_help_panel=_PANEL, help="int8 or int4 weights.")
-    ] = None
+        str | None,
+        typer.Option(
+            "--quantization", "-q", rich_help_panel=_PANEL,
+            help="int8 or int4 weights; on a GPU int4, int4-channel or fp8.",
+        ),
+    ] = None  # fmt: skip
+    device: Annotated[
+        str, typer.Option(rich_help_panel=_PANEL, help="auto (a GPU if there is one), cpu, cuda or cuda:N.")
+    ] = "auto"
     max_model_len: Annotated[
         int | None, typer.Option(rich_help_panel=_PANEL, help="Prompt and output together, in tokens.")
     ] = None
@@ -61,13 +68,17 @@ class EngineOptions:
         int, typer.Option(rich_help_panel=_PANEL, help="Completions that run at once.")
     ] = 256
     max_num_batched_tokens: Annotated[
-        int, typer.Option(rich_help_panel=_PANEL, help="Prompt tokens per step.")
-    ] = 2048
+        int | None,
+        typer.Option(rich_help_panel=_PANEL, help="Prompt tokens per step; default 2,048, on a GPU 8,192."),
+    ] = None
     enable_prefix_caching: Annotated[
         bool, typer.Option(rich_help_panel=_PANEL, help="Reuse the KV of prompts that begin alike.")
     ] = True
     executor: Annotated[
-        str, typer.Option(rich_help_panel=_PANEL, help="auto, cpu (compiled) or eager (the torch reference).")
+        str,
+        typer.Option(
+            rich_help_panel=_PANEL, help="auto, cpu (compiled), cuda or eager (the torch reference)."
+        ),
     ] = "auto"
     threads: Annotated[
         int | None, typer.Option(rich_help_panel=_PANEL, help="CPU threads; default one per processor.")

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from polybatch.config import DTYPES, QUANTIZATIONS, ModelSpec, PoolSpec, SchedulerConfig
+from polybatch.config import CUDA_QUANTIZATIONS, DTYPES, QUANTIZATIONS, ModelSpec, PoolSpec, SchedulerConfig
 from polybatch.errors import ConfigError
 
 PAGE_SIZE = 16
@@ -21,6 +21,14 @@ MEMORY_SHARE = 0.25
 
 CACHE_SHARE = 0.5
 """Of a pool whose size was left to the engine, what idle prefixes may fill; the rest waits for sequences."""
+
+PREFILL_TOKENS = {"cuda": 8192}
+"""Prefill tokens per step unless told, by executor: what a GPU needs to be busy."""
+
+OTHER_PREFILL_TOKENS = 2048
+
+CUDA_SCORED_TOKENS = 1024
+"""Rows of logits a GPU keeps room for beside those of its sequences."""
 
 ADAPTER_MARGIN = 1.25
 """Over the file's bytes, for the tails of pages."""
@@ -35,8 +43,10 @@ _UNITS = {"B": 1} | {
 class EngineConfig:
     """Settings of an engine as the user wrote them.
 
-    dtype: of activations and KV: "auto", "float32" or "bfloat16". device: "auto" or "cpu".
-    quantization: of the linear weights: None, "int8" or "int4".
+    dtype: of activations and KV: "auto", "float32" or "bfloat16". device: "auto" (a GPU if there is one),
+        "cpu", "cuda" or "cuda:N".
+    quantization: of the linear weights: None; on the CPU "int8" or "int4", on CUDA "int4" (groups of 128
+        inputs), "int4-channel" (a scale per output) or "fp8".
     max_model_len: prompt + output in tokens; None is the model's own limit, or what memory holds.
     memory: of the page pool (KV and adapters): bytes or text such as "2GiB"; None is a quarter of
         the available memory, or what max_num_seqs sequences of max_model_len can fill if that is less, and
@@ -54,7 +64,7 @@ class EngineConfig:
     quantization: str | None = None
     max_model_len: int | None = None
     memory: int | str | None = None
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int | None = None
     max_num_seqs: int = 256
     enable_prefix_caching: bool = True
     seed: int = 0
@@ -64,13 +74,15 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _check_choice("dtype", self.dtype, ("auto", *DTYPES))
-        _check_choice("quantization", self.quantization, QUANTIZATIONS)
-        _check_choice("executor", self.executor, ("auto", "cpu", "eager"))
-        if self.device == "cuda" or self.device.startswith("cuda:"):
-            raise ConfigError(
-                f"device is {self.device!r}; only the CPU is supported so far: use device='cpu'"
-            )
-        _check_choice("device", self.device, ("auto", "cpu"))
+        _check_choice("executor", self.executor, ("auto", "cpu", "cuda", "eager"))
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ConfigError(f"device is {self.device!r}; it must be auto, cpu, cuda or cuda:N")
+        if self.executor in ("cpu", "cuda") and self.device not in ("auto", self.executor):
+            if not self.device.startswith(f"{self.executor}:"):
+                raise ConfigError(
+                    f"executor is {self.executor!r} and device {self.device!r}: leave one of them out"
+                )
+        _check_choice("quantization", self.quantization, (*QUANTIZATIONS, *CUDA_QUANTIZATIONS[2:]))
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ConfigError(f"seed is {self.seed!r}; it must be an integer")
         if self.threads is not None and (not isinstance(self.threads, int) or self.threads < 1):
@@ -81,7 +93,10 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedConfig:
-    """Settings with nothing left to choose."""
+    """Settings with nothing left to choose.
+
+    max_num_logits: rows of logits that a step can have.
+    """
 
     dtype: str
     device: str
@@ -96,6 +111,11 @@ class ResolvedConfig:
     def max_num_tokens(self) -> int:
         """Most tokens that one step can hold: decodes come on top of the prefill budget."""
         return self.scheduler.max_num_batched_tokens + self.scheduler.max_num_seqs
+
+    @property
+    def max_num_logits(self) -> int:
+        scored = self.scheduler.max_scored_tokens
+        return self.max_num_tokens if scored is None else scored + self.scheduler.max_num_seqs
 
 
 def resolve(
@@ -114,11 +134,20 @@ def resolve(
             "positions: lower max_model_len"
         )
     wanted_len = config.max_model_len or spec.max_position
+    executor = executor_name(config)
+    known = CUDA_QUANTIZATIONS if executor == "cuda" else QUANTIZATIONS
+    if config.quantization not in known:
+        raise ConfigError(
+            f"quantization is {config.quantization!r}; the {executor} executor knows "
+            f"{', '.join(map(repr, known))}"
+        )
     pages_per_seq = -(-wanted_len // PAGE_SIZE)
     all_layers = page_bytes * spec.num_layers
     if config.memory is None:
         wanted = pages_per_seq * config.max_num_seqs + -(-adapter_bytes // all_layers)
-        num_pages = min(int(MEMORY_SHARE * available_bytes) // all_layers, wanted)
+        num_pages = available_bytes // all_layers
+        if executor != "cuda":
+            num_pages = min(int(MEMORY_SHARE * available_bytes) // all_layers, wanted)
         reserve_pages = int((1 - CACHE_SHARE) * num_pages)
     else:
         num_pages = parse_bytes(config.memory) // all_layers
@@ -131,16 +160,17 @@ def resolve(
         )
     return ResolvedConfig(
         dtype=resolve_dtype(config),
-        device="cpu",
+        device=config.device if config.device != "auto" else "cuda" if executor == "cuda" else "cpu",
         quantization=config.quantization,
-        executor=executor_name(config),
+        executor=executor,
         threads=config.threads,
         seed=config.seed,
         pool=PoolSpec(num_pages, PAGE_SIZE, page_bytes, spec.num_layers),
         scheduler=SchedulerConfig(
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_batched_tokens=prefill_tokens(config),
             max_num_seqs=config.max_num_seqs,
             max_model_len=min(wanted_len, num_pages * PAGE_SIZE),
+            max_scored_tokens=CUDA_SCORED_TOKENS if executor == "cuda" else None,
             policy=config.policy,
             enable_prefix_caching=config.enable_prefix_caching,
             reserve_pages=reserve_pages,
@@ -164,8 +194,17 @@ def resolve_dtype(config: EngineConfig) -> str:
 
 
 def executor_name(config: EngineConfig) -> str:
-    """The compiled executor unless told."""
-    return "cpu" if config.executor == "auto" else config.executor
+    """The executor of the device unless told; "auto" is the CPU here, see `engine.executors.settle`."""
+    if config.executor != "auto":
+        return config.executor
+    return "cuda" if config.device.startswith("cuda") else "cpu"
+
+
+def prefill_tokens(config: EngineConfig) -> int:
+    """Prefill tokens per step."""
+    if config.max_num_batched_tokens is not None:
+        return config.max_num_batched_tokens
+    return PREFILL_TOKENS.get(executor_name(config), OTHER_PREFILL_TOKENS)
 
 
 def parse_bytes(value: int | str) -> int:

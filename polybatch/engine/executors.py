@@ -5,27 +5,72 @@ Imported only when chosen, because compiling kernels takes time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from polybatch.config import ModelSpec
-from polybatch.engine.config import PAGE_SIZE, EngineConfig, ResolvedConfig, executor_name, resolve_dtype
+from polybatch.engine.config import (
+    CUDA_SCORED_TOKENS,
+    PAGE_SIZE,
+    EngineConfig,
+    ResolvedConfig,
+    available_memory,
+    executor_name,
+    prefill_tokens,
+    resolve,
+    resolve_dtype,
+)
+from polybatch.errors import ConfigError
 from polybatch.execution.executor import Executor
 from polybatch.models.weights import ModelWeights
 
 
+def settle(config: EngineConfig, spec: ModelSpec, adapter_bytes: int = 0) -> ResolvedConfig:
+    """`resolve` for this machine: its devices, and the memory that is free on the one chosen.
+
+    Raises ConfigError for a GPU that is not there, or too small for the model.
+    """
+    if config.device == "auto" and config.executor in ("auto", "cuda"):
+        config = (
+            replace(config, device="cuda" if _has_cuda() else "cpu") if config.executor == "auto" else config
+        )
+    elif config.device.startswith("cuda") and not _has_cuda():
+        raise ConfigError(f"device is {config.device!r}, but torch finds no GPU: use device='cpu' or 'auto'")
+    available = available_memory()
+    if executor_name(config) == "cuda":
+        from polybatch.execution.cuda_memory import pool_bytes
+
+        max_len = min(config.max_model_len or spec.max_position, spec.max_position)
+        available = pool_bytes(
+            spec, resolve_dtype(config), config.quantization, "cuda" if config.device == "auto" else config.device,
+            max_num_tokens=prefill_tokens(config) + config.max_num_seqs, max_num_seqs=config.max_num_seqs,
+            max_num_logits=CUDA_SCORED_TOKENS + config.max_num_seqs, max_model_len=max_len,
+        )  # fmt: skip
+    return resolve(config, spec, page_bytes(config, spec), available, adapter_bytes)
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def page_bytes(config: EngineConfig, spec: ModelSpec) -> int:
     """Bytes of one page in one layer, as the executor of this configuration lays it out."""
-    if executor_name(config) == "eager":
-        from polybatch.execution.page_memory import page_bytes as eager_page_bytes
+    if executor_name(config) in ("eager", "cuda"):
+        from polybatch.execution.page_memory import page_bytes as plain_page_bytes
 
-        return eager_page_bytes(spec, PAGE_SIZE, resolve_dtype(config))
+        return plain_page_bytes(spec, PAGE_SIZE, resolve_dtype(config))
     from polybatch.execution.cpu import page_bytes as cpu_page_bytes
 
     return cpu_page_bytes(spec, PAGE_SIZE, resolve_dtype(config))
 
 
-def build_executor(weights: ModelWeights, config: ResolvedConfig) -> Executor:
-    """Load the weights into an executor with a page pool."""
+def build_executor(
+    weights: ModelWeights, config: ResolvedConfig, progress: Callable[[str, int, int], None] | None = None
+) -> Executor:
+    """Load the weights into an executor with a page pool. progress: see `CudaExecutor`."""
     settings: dict[str, Any] = {
         "dtype": config.dtype,
         "quantization": config.quantization,
@@ -39,7 +84,12 @@ def build_executor(weights: ModelWeights, config: ResolvedConfig) -> Executor:
     if config.executor == "eager":
         from polybatch.execution.eager import EagerExecutor
 
-        return EagerExecutor(weights, **settings)
+        return EagerExecutor(weights, **settings, device=config.device)
+    if config.executor == "cuda":
+        from polybatch.execution.cuda import CudaExecutor
+
+        settings |= {"device": config.device, "max_num_logits": config.max_num_logits, "progress": progress}
+        return CudaExecutor(weights, **settings)
     from polybatch.execution.cpu import CpuExecutor
 
     return CpuExecutor(weights, **settings)

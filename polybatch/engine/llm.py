@@ -17,16 +17,9 @@ from typing import Any
 
 from polybatch.adapters.store import AdapterStore
 from polybatch.config import ModelSpec
-from polybatch.engine.config import (
-    EngineConfig,
-    ResolvedConfig,
-    adapter_bytes,
-    available_memory,
-    resolve,
-    resolve_dtype,
-)
+from polybatch.engine.config import EngineConfig, ResolvedConfig, adapter_bytes, resolve_dtype
 from polybatch.engine.core import EngineCore
-from polybatch.engine.executors import build_executor, page_bytes
+from polybatch.engine.executors import build_executor, settle
 from polybatch.engine.ports import TextTokenizer
 from polybatch.engine.stats import EngineStats
 from polybatch.errors import ConfigError, EngineError, RequestError
@@ -46,7 +39,8 @@ class LLM:
     model: built-in name, Hugging Face directory or hub name, GGUF file, or "random:<config>".
     adapters: name -> PEFT directory. tokenizer: instead of the checkpoint's.
     memory: for KV and adapters together, in bytes or as text such as "2GiB"; the weights come on top. None
-        takes a quarter of the memory that is free, but never more than max_num_seqs sequences can fill.
+        takes a quarter of the memory that is free, but never more than max_num_seqs sequences can fill; on a
+        GPU all that is left.
     The other settings are those of `EngineConfig`.
 
     Raises ConfigError, ModelError or AdapterError before anything runs.
@@ -62,7 +56,7 @@ class LLM:
         quantization: str | None = None,
         max_model_len: int | None = None,
         memory: int | str | None = None,
-        max_num_batched_tokens: int = 2048,
+        max_num_batched_tokens: int | None = None,
         max_num_seqs: int = 256,
         enable_prefix_caching: bool = True,
         seed: int = 0,
@@ -78,10 +72,8 @@ class LLM:
             threads=threads,
         )  # fmt: skip
         loaded = load_model(str(model))
-        self.config = resolve(
-            config, loaded.spec, page_bytes(config, loaded.spec), available_memory(),
-            adapter_bytes((adapters or {}).values(), resolve_dtype(config)),
-        )  # fmt: skip
+        needed = adapter_bytes((adapters or {}).values(), resolve_dtype(config))
+        self.config = settle(config, loaded.spec, needed)
         runner = build_executor(loaded.weights, self.config)
         store = AdapterStore(loaded.weights, runner.adapter_pages)
         scheduler = Scheduler(self.config.scheduler, runner.pool, loaded.fingerprint)

@@ -23,7 +23,7 @@ import torch
 from polybatch.adapters.merge import MergedWeights
 from polybatch.adapters.peft_lora import load_peft
 from polybatch.adapters.store import AdapterStore
-from polybatch.engine.config import PAGE_SIZE, EngineConfig, ResolvedConfig, available_memory, resolve
+from polybatch.engine.config import PAGE_SIZE, EngineConfig, ResolvedConfig
 from polybatch.engine.door import Door
 from polybatch.engine.equivalence import (
     Answer,
@@ -34,7 +34,7 @@ from polybatch.engine.equivalence import (
     run_requests,
     score,
 )
-from polybatch.engine.executors import build_executor, page_bytes
+from polybatch.engine.executors import build_executor, settle
 from polybatch.engine.ports import TextTokenizer
 from polybatch.errors import EngineError
 from polybatch.execution.executor import Executor
@@ -150,7 +150,7 @@ def check(
         rows += batch.against_alone(exact, answers)
         rows += batch.against_merged(exact, answers)
         rows += batch.against_peft(answers)
-        served = _resolve(weights, config)
+        served = settle(config, weights.spec)
         if (served.dtype, served.quantization) != ("float32", None):
             rows += batch.against_alone(config, batch.answer_mixed(config))
     return rows
@@ -181,7 +181,7 @@ class _Batch:
 
     def answer_mixed(self, config: EngineConfig) -> dict[str | None, list[Answer]]:
         """All prompts of all adapters in one batch, in a pool that is too small for them."""
-        resolved = _resolve(self.weights, config)
+        resolved = settle(config, self.weights.spec)
         self._progress(f"mixed batch, {_precision(resolved)}")
         with closing(self._build(self.weights, resolved)) as executor:
             store = self._store(executor)
@@ -197,7 +197,7 @@ class _Batch:
         self, config: EngineConfig, answers: Mapping[str | None, list[Answer]]
     ) -> Iterator[CheckRow]:
         """Each row against itself in a fresh engine of the same precision."""
-        resolved = _resolve(self.weights, config)
+        resolved = settle(config, self.weights.spec)
         precision = _precision(resolved)
         reference = "alone" if precision == "float32" else f"alone, {precision}"
         with closing(self._build(self.weights, resolved)) as executor:
@@ -220,7 +220,7 @@ class _Batch:
         self, config: EngineConfig, answers: Mapping[str | None, list[Answer]]
     ) -> Iterator[CheckRow]:
         """Each adapter's rows against a plain model with the adapter merged into its weights."""
-        resolved = _resolve(self.weights, config)
+        resolved = settle(config, self.weights.spec)
         budget = resolved.scheduler.max_num_batched_tokens
         for name, path in self.adapters.items():
             self._progress(f"{name}: merged")
@@ -308,10 +308,6 @@ def score_with(model: Any, tokens: Sequence[int], first: int) -> torch.Tensor:
         output = model(input_ids=torch.tensor([list(tokens)]), logits_to_keep=len(tokens) - first + 1)
     logits: torch.Tensor = output.logits[0].float()
     return logits
-
-
-def _resolve(weights: ModelWeights, config: EngineConfig) -> ResolvedConfig:
-    return resolve(config, weights.spec, page_bytes(config, weights.spec), available_memory())
 
 
 def _precision(resolved: ResolvedConfig) -> str:

@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from polybatch.adapters.weights import AdapterWeights, VocabularyDelta
+from polybatch.adapters.weights import AdapterWeights
 from polybatch.config import DTYPES, QUANTIZATIONS, PoolSpec
 from polybatch.errors import ConfigError, EngineError
 from polybatch.execution import ragged_batch
 from polybatch.execution.adapter_memory import AdapterMemory
 from polybatch.execution.page_memory import TORCH_DTYPES, PageMemory, page_bytes
 from polybatch.execution.ragged_batch import RaggedBatch
+from polybatch.execution.vocabulary import patch_embeddings, patch_logits
 from polybatch.kernels.linear import (
     Int4Weight,
     Int8Weight,
@@ -198,37 +199,14 @@ class EagerExecutor:
 
     def _embed(self, step: _Step) -> torch.Tensor:
         x = self._embedding[step.token_ids]
-        for start, stop, n in step.segments.tolist():
-            adapter = step.host[n]
-            if adapter is None or adapter.embedding is None:
-                continue
-            ids, rows = step.token_ids[start:stop], slice(start, stop)
-            full, left, right = self._vocabulary(adapter.embedding)
-            if full is not None:
-                x[rows] = full[ids].to(x.dtype)
-            if left is not None and right is not None:
-                x[rows] = (x[rows].float() + left[ids] @ right).to(x.dtype)
+        patch_embeddings(x, step.token_ids, step.segments.tolist(), step.host)
         return x
 
     def _logits(self, x: torch.Tensor, step: _Step) -> torch.Tensor:
         """x: [L, hidden], the normalised rows that need logits. Returns [L, vocab] float32."""
         logits = PRODUCTS[type(self._lm_head)](x, self._lm_head).float()
-        for start, stop, n in step.segments.tolist():
-            adapter = step.host[n]
-            if adapter is None or adapter.lm_head is None:
-                continue
-            rows = (step.logit_rows >= start) & (step.logit_rows < stop)
-            full, left, right = self._vocabulary(adapter.lm_head)
-            if full is not None:
-                logits[rows] = x[rows].float() @ full.T
-            if left is not None and right is not None:
-                logits[rows] += x[rows].float() @ right.T @ left.T
+        patch_logits(logits, x, step.logit_rows, step.segments.tolist(), step.host)
         return logits
-
-    def _vocabulary(self, delta: VocabularyDelta) -> list[torch.Tensor | None]:
-        """full, left and right on the device, float32."""
-        parts = (delta.full, delta.left, delta.right)
-        return [None if part is None else part.to(self._device, torch.float32) for part in parts]
 
     def _start(self, batch: RaggedBatch, plan: StepPlan, adapters: Mapping[str, AdapterWeights]) -> _Step:
         def place(array: np.ndarray[Any, Any]) -> torch.Tensor:

@@ -23,7 +23,7 @@ class PlanDraft:
     """A plan while it is made.
 
     copy_sources: pages that copies of this plan read, held until the plan is complete: loads of the same plan
-    are carried out before the copies and must not land in them.
+    are carried out before the copies and must not land in them. num_scored: prompt tokens with logits.
     """
 
     chunks: list[Chunk] = field(default_factory=list)
@@ -32,6 +32,7 @@ class PlanDraft:
     preempted: list[Sequence] = field(default_factory=list)
     resident: dict[str, tuple[int, ...]] = field(default_factory=dict)
     copy_sources: list[int] = field(default_factory=list)
+    num_scored: int = 0
 
 
 class Admission:

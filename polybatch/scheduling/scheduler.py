@@ -305,6 +305,12 @@ class Scheduler:
             if start < track.num_scored:
                 logits = LogitRows.NONE
                 n_new = min(n_new, track.num_scored - start)
+            elif self._config.max_scored_tokens is not None:
+                room = self._config.max_scored_tokens - draft.num_scored
+                if room <= 0:
+                    return 0
+                n_new = min(n_new, room)
+                draft.num_scored += n_new
         draft.chunks.append(Chunk(seq, start, n_new, logits))
         if track.adapter is not None:
             draft.resident[track.adapter.ref.digest] = track.adapter.pages

@@ -49,6 +49,21 @@ def test_max_model_len_beyond_the_model_is_refused() -> None:
         resolved(max_model_len=2**20 + 1)
 
 
+def test_a_quantization_that_the_executor_lacks_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the cpu executor knows None, 'int8', 'int4'"):
+        resolved(quantization="fp8")
+    with pytest.raises(ConfigError, match="the cuda executor knows None, 'int4'"):
+        resolved(quantization="int8", device="cuda")
+
+
+def test_a_gpu_takes_all_that_is_left_and_larger_steps() -> None:
+    config = resolved(available=4 * GIB, device="cuda:1")
+    assert (config.executor, config.device) == ("cuda", "cuda:1")
+    assert config.pool.total_bytes == 4 * GIB
+    assert config.max_num_tokens == 8192 + 256
+    assert config.max_num_logits == 1024 + 256
+
+
 def test_auto_means_bfloat16_on_the_compiled_cpu_executor() -> None:
     config = resolved()
     assert (config.dtype, config.device, config.executor) == ("bfloat16", "cpu", "cpu")
@@ -58,10 +73,10 @@ def test_auto_means_bfloat16_on_the_compiled_cpu_executor() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"device": "cuda"}, "only the CPU is supported so far"),
-        ({"device": "tpu"}, "'auto', 'cpu'"),
+        ({"device": "tpu"}, "auto, cpu, cuda"),
+        ({"device": "cuda:0", "executor": "cpu"}, "leave one of them out"),
         ({"dtype": "float16"}, "'bfloat16'"),
-        ({"quantization": "fp8"}, "'int8', 'int4'"),
+        ({"quantization": "int2"}, "'int8', 'int4'"),
         ({"executor": "gpu"}, "'eager'"),
         ({"seed": "x"}, "integer"),
         ({"threads": 0}, "positive integer or None"),

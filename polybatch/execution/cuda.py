@@ -1,0 +1,331 @@
+"""The executor for CUDA: Triton kernels around cuBLAS products, decode steps as captured graphs.
+
+A decode step replays the graph of the next larger number of rows; mixed steps are launched kernel by
+kernel. `launch` leaves the sampled tokens on the device, where the next step's embedding finds them, and
+copies them to pinned memory for whoever asks later. Everything is on one stream, in the order of the calls, but
+for adapter loads. After the constructor no step allocates device memory, except for adapters that change the
+vocabulary layers, whose tables are brought over when used, and for rows that the host samples.
+
+On `device="cpu"` the same code runs in Triton's interpreter, for tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as SequenceOf
+
+import torch
+
+from polybatch.adapters.weights import AdapterWeights
+from polybatch.config import DTYPES, ModelSpec, PoolSpec
+from polybatch.errors import ConfigError, EngineError
+from polybatch.execution.cuda_adapters import CudaAdapters
+from polybatch.execution.cuda_graphs import GraphLadder, Variant
+from polybatch.execution.cuda_model import DeviceWeights, Workspace, run_layers
+from polybatch.execution.cuda_stage import Filled, Shared, Stage, StageOperations
+from polybatch.execution.cuda_step import PageTable, lay_out
+from polybatch.execution.page_memory import TORCH_DTYPES, PageMemory, page_bytes
+from polybatch.execution.vocabulary import patch_logits
+from polybatch.kernels import sample
+from polybatch.kernels.linear.cuda import LinearWorkspace, pack
+from polybatch.kernels.lora.cuda import CudaLora
+from polybatch.kernels.lora.work import GRAPH_PLAN, group_shapes
+from polybatch.kernels.ragged_attention.cuda import choose_tiles
+from polybatch.kernels.ragged_attention.work import Heads
+from polybatch.kernels.sample.cuda import DeviceSampler, SampleParams
+from polybatch.kernels.write_kv.cuda import rope_table
+from polybatch.models.rope import rope_frequencies
+from polybatch.models.weights import ModelWeights
+from polybatch.request import Sequence
+from polybatch.sampling.sampler import Sampled
+from polybatch.sampling.state import SamplingState
+from polybatch.scheduling.plan import StepPlan
+
+PAGE_TOKENS = 16
+RING = 3
+"""Launches whose tokens may still lie in pinned memory."""
+
+MAX_H = 1 << 22
+"""Elements of the buffer between the two halves of adapters, 16 MiB: a step of more takes several rounds."""
+
+INTERPRETED_SMS = 4
+"""What the interpreter plans for, where no device says how many multiprocessors it has."""
+
+
+class CudaExecutor:
+    """Runs ragged steps on one GPU; an `AheadExecutor`.
+
+    dtype: of activations, keys and values, adapter rows, and of weights that are not quantised.
+    quantization: of the layers' linear weights: None, "int4" or "fp8".
+    max_num_tokens, max_num_seqs: of a step; max_num_logits: rows of logits, max_num_seqs by default, more
+        where prompts are scored. max_model_len: tokens of a sequence.
+    graphs: capture decode steps. progress: told what start-up does, how much of it is done, of how much.
+    Raises ConfigError for a setting that cannot work.
+    """
+
+    batch_invariant = False
+    """Matrix products and split contexts choose their order of summation by the batch."""
+
+    def __init__(
+        self,
+        weights: ModelWeights,
+        *,
+        dtype: str = "bfloat16",
+        quantization: str | None = None,
+        num_pages: int,
+        page_size: int = PAGE_TOKENS,
+        max_num_tokens: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        max_num_logits: int | None = None,
+        device: str = "cuda",
+        graphs: bool = True,
+        threads: int | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+        if page_size != PAGE_TOKENS:
+            raise ConfigError(f"page_size is {page_size}; the GPU's kernels take {PAGE_TOKENS}")
+        if threads is not None and device == "cpu":
+            torch.set_num_threads(threads)
+        report = progress or (lambda what, done, total: None)
+        spec, kind = weights.spec, TORCH_DTYPES[dtype]
+        self._spec, self._dtype, self._quantization = spec, dtype, quantization
+        self._device = where = torch.device(device)
+        self._is_cuda = where.type == "cuda"
+        self._limits = (max_num_tokens, max_num_seqs, max_model_len)
+        self._max_logits = max(max_num_seqs, max_num_logits or 0)
+        self._pool = PoolSpec(num_pages, page_size, page_bytes(spec, page_size, dtype), spec.num_layers)
+        linear_space = LinearWorkspace(where, kind, max_num_tokens)
+        self._weights = DeviceWeights(
+            weights, kind, where, lambda weight: pack(weight, quantization, linear_space),
+            lambda done, total: report("weights", done, total),
+        )  # fmt: skip
+        self.memory = PageMemory(spec, self._pool, dtype, device)
+        self._space = Workspace(spec, max_num_tokens, self._max_logits, kind, where)
+        self._table = PageTable(max_num_seqs, -(-max_model_len // page_size) + 1, where)
+        self._adapters = CudaAdapters(spec, self.memory.arena, kind)
+        num_sms = (
+            torch.cuda.get_device_properties(where).multi_processor_count
+            if self._is_cuda
+            else INTERPRETED_SMS
+        )
+        heads = Heads(spec.num_heads, spec.num_kv_heads, spec.head_dim)
+        shapes = group_shapes(spec.linear_shapes)
+        lora = CudaLora(shapes, kind, where, MAX_H, num_programs=None if self._is_cuda else INTERPRETED_SMS)
+        inv_freq, rope_scaling = rope_frequencies(spec.rope, spec.head_dim, spec.max_position)
+        layers = range(spec.num_layers)
+        itemsize = kind.itemsize
+        shared = Shared(
+            spec=spec, page_size=page_size, device=where, num_sms=num_sms, heads=heads,
+            tiles=choose_tiles(heads, kind), weights=self._weights, table=self._table,
+            rope=rope_table(inv_freq, rope_scaling, max_model_len + 1).to(where),
+            pages=[self.memory.rows(i).view(num_pages, self._pool.page_bytes // itemsize) for i in layers],
+            kv=[self.memory.kv(i) for i in layers],
+            adapters=self._adapters, lora=lora, max_h=MAX_H,
+            sampled=torch.zeros(max_num_seqs, dtype=torch.int32, device=where),
+        )  # fmt: skip
+        self._shared = shared
+        self._mixed = Stage(shared, max_num_tokens, max_num_seqs, self._max_logits, wide=True)
+        self._decode = Stage(shared, max_num_seqs, max_num_seqs, max_num_seqs, wide=False)
+        self._sampler = DeviceSampler(max_num_seqs, spec.vocab_size, where)
+        self._finite = torch.zeros(max_num_seqs, dtype=torch.int32, device=where)
+        self._ring = [
+            torch.zeros(2, max_num_seqs, dtype=torch.int32, pin_memory=self._is_cuda) for _ in range(RING)
+        ]
+        self._num_launches = 0
+        self._sampled_at: dict[Sequence, int] = {}
+        self._graphs: GraphLadder | None = None
+        if graphs and self._is_cuda:
+            self._graphs = GraphLadder(
+                max_num_seqs, self._run_rows, where, lambda done, total: report("graphs", done, total)
+            )
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._spec
+
+    @property
+    def pool(self) -> PoolSpec:
+        return self._pool
+
+    @property
+    def arena(self) -> torch.Tensor:
+        """The pool's memory, [num_layers, num_pages, page_bytes] uint8."""
+        return self.memory.arena
+
+    def adapter_pages(self, weights: AdapterWeights) -> int:
+        return self._adapters.pages_needed(weights)
+
+    @torch.no_grad()
+    def forward(self, plan: StepPlan, adapters: Mapping[str, AdapterWeights]) -> torch.Tensor:
+        """Carry out a plan; see `Executor.forward`. Raises EngineError where it breaks a limit."""
+        return self._run(plan, adapters)[1]
+
+    def can_sample(self, state: SamplingState) -> bool:
+        return sample.is_device_samplable(state)
+
+    @torch.no_grad()
+    def launch(
+        self,
+        plan: StepPlan,
+        adapters: Mapping[str, AdapterWeights],
+        rows: SequenceOf[int],
+        states: SequenceOf[SamplingState],
+    ) -> CudaLaunch:
+        """Start a step; see `AheadExecutor.launch`."""
+        stage, logits = self._run(plan, adapters, states)
+        count = len(states)
+        if count != len(logits):
+            raise EngineError(f"a launch samples {count} of {len(logits)} rows of logits; it must be all")
+        sampled, finite = self._shared.sampled, self._finite
+        if count:
+            on = stage.fields.on
+            params = SampleParams(*(on[name] for name in sample.arrays(0)))
+            self._sampler.sample(logits, params, sampled, finite, may_truncate=self._may_truncate)
+        host = self._ring[self._num_launches % RING]
+        self._num_launches += 1
+        host[0, :count].copy_(sampled[:count], non_blocking=True)
+        host[1, :count].copy_(finite[:count], non_blocking=True)
+        self._sampled_at = {state.seq: row for row, state in enumerate(states)}
+        event = None
+        if self._is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+        return CudaLaunch(host[:, :count], event)
+
+    def _run(
+        self,
+        plan: StepPlan,
+        adapters: Mapping[str, AdapterWeights],
+        states: SequenceOf[SamplingState] | None = None,
+    ) -> tuple[Stage, torch.Tensor]:
+        """Loads, copies and the layers; returns the stage that the step ran on, and its logits."""
+        for load in plan.loads:
+            if load.adapter.digest not in adapters:
+                raise EngineError(f"the plan loads adapter {load.adapter.name!r} without host weights")
+            self._adapters.load(adapters[load.adapter.digest], load.pages)
+        for copy in plan.copies:
+            self.memory.copy_page(copy.src, copy.dst)
+        if not plan.chunks:
+            return self._mixed, self._space.logits[:0]
+        layout = lay_out(plan, self._table)
+        self._check(layout.num_tokens, len(layout.chunks), int(layout.kv_lens.max()), len(layout.logit_rows))
+        num_rows, size = layout.num_tokens, None
+        stage = self._decode if layout.is_decode else self._mixed
+        if layout.is_decode and self._graphs is not None:
+            size = self._graphs.size_for(num_rows)
+        filled = stage.fill(layout, plan.resident, self._sampled_at, size or num_rows)
+        filled.hosts = [_with_vocabulary(adapters.get(digest)) for digest in layout.digests]
+        if states is not None:
+            positions = [len(state.seq.tokens) for state in states]
+            self._may_truncate = sample.fill(stage.fields.host, states, positions, self._spec.vocab_size)
+        stage.fields.send()
+        self._send_pages()
+        if self._is_cuda:
+            self._adapters.wait(layout.digests)
+        if size is not None and self._graphs is not None and _fits_graph(filled):
+            self._graphs.replay(size, _variant(filled))
+            return stage, self._space.logits[: len(layout.logit_rows)]
+        return stage, self._run_eager(stage, filled)
+
+    def _run_eager(self, stage: Stage, filled: Filled) -> torch.Tensor:
+        """Launch the layers' kernels one by one."""
+        layout = filled.layout
+        operations = StageOperations(
+            stage, filled.num_rows, lora=filled.lora, works=filled.attention,
+            patched=filled if filled.changes_vocabulary else None,
+        )  # fmt: skip
+        rows = stage.fields.on["logit_rows"][: len(layout.logit_rows)]
+        logits = run_layers(self._weights, self._space, operations, rows, filled.num_rows)
+        if filled.changes_vocabulary:
+            last = self._space.last[: len(rows)]
+            patch_logits(logits, last, rows, layout.segments.tolist(), filled.hosts)
+        return logits
+
+    def _run_rows(self, num_rows: int, variant: Variant) -> None:
+        """What a graph captures: the layers over the first rows of the decode stage's arrays."""
+        stage = self._decode
+        operations = StageOperations(
+            stage, num_rows, lora=None if variant is Variant.PLAIN else GRAPH_PLAN,
+            limits=stage.limits_for(num_rows, num_rows), has_wide=variant is Variant.SHARED,
+        )  # fmt: skip
+        rows = stage.fields.on["logit_rows"][:num_rows]
+        run_layers(self._weights, self._space, operations, rows, num_rows)
+
+    def _send_pages(self) -> None:
+        """Tell the device's page table what is new."""
+        indices, values = self._table.changes()
+        if len(indices):
+            at, held = torch.from_numpy(indices), torch.from_numpy(values)
+            if self._is_cuda:
+                at, held = at.pin_memory(), held.pin_memory()
+            flat = self._table.on.view(-1)
+            flat.index_copy_(
+                0, at.to(self._device, non_blocking=True), held.to(self._device, non_blocking=True)
+            )
+
+    def _check(self, *sizes: int) -> None:
+        names = ("max_num_tokens", "max_num_seqs", "max_model_len", "max_num_logits")
+        for name, size, limit in zip(names, sizes, (*self._limits, self._max_logits), strict=True):
+            if size > limit:
+                raise EngineError(f"a step has {size} for {name}, the executor was built for {limit}")
+
+    def release(self, seq: Sequence) -> None:
+        self._table.release(seq)
+
+    def describe(self) -> dict[str, str]:
+        """Kernel chosen per operation and why."""
+        name = torch.cuda.get_device_name(self._device) if self._is_cuda else "Triton's interpreter"
+        graphs = "none: every step is launched kernel by kernel"
+        if self._graphs is not None:
+            sizes = self._graphs.sizes
+            graphs = f"decode steps of {len(sizes)} sizes up to {sizes[-1]} rows"
+        return {
+            "executor": f"Triton kernels and cuBLAS on {name}",
+            "linear": f"{self._quantization or self._dtype} weights, {self._dtype} activations",
+            "attention": f"{self._dtype} keys and values, pages of {PAGE_TOKENS} tokens, shared prefixes read once",
+            "adapters": f"{self._dtype} rows gathered from pages, any rank",
+            "graphs": graphs,
+            "weights": f"{self._weights.num_bytes / 2**20:,.0f} MiB",
+        }
+
+    def close(self) -> None:
+        """Wait for the device. Its memory goes with the last reference to the executor."""
+        if self._is_cuda:
+            torch.cuda.synchronize(self._device)
+
+
+class CudaLaunch:
+    """A step on the device. host: [2, rows] int32, tokens and whether their logits were finite."""
+
+    def __init__(self, host: torch.Tensor, event: torch.cuda.Event | None) -> None:
+        self._host, self._event = host, event
+
+    def sampled(self) -> Sampled:
+        """Wait for the step. Raises RuntimeError if the device failed."""
+        if self._event is not None:
+            self._event.synchronize()
+        tokens, finite = self._host.tolist()
+        errors = {row: "the model's logits are not finite" for row, fine in enumerate(finite) if not fine}
+        return Sampled(tokens, errors=errors)
+
+
+def _with_vocabulary(weights: AdapterWeights | None) -> AdapterWeights | None:
+    if weights is None or (weights.embedding is None and weights.lm_head is None):
+        return None
+    return weights
+
+
+def _fits_graph(filled: Filled) -> bool:
+    """Whether a graph launches all that the step needs."""
+    if filled.changes_vocabulary:
+        return False
+    return filled.lora is None or filled.lora == GRAPH_PLAN
+
+
+def _variant(filled: Filled) -> Variant:
+    if filled.has_wide:
+        return Variant.SHARED
+    return Variant.PLAIN if filled.lora is None else Variant.ADAPTED

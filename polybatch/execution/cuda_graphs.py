@@ -1,0 +1,71 @@
+"""Captured decode steps: a ladder of numbers of rows, each in a few variants.
+
+One graph serves any set of adapters, contexts and prefixes, because its kernels read their work from device
+memory. A step takes the smallest graph that holds its rows; the rows left over write nothing. Products of up
+to some 256 rows are bound by their weights' bytes, so a wide ladder costs little.
+"""
+
+from __future__ import annotations
+
+import enum
+from bisect import bisect_left
+from collections.abc import Callable
+
+import torch
+
+
+class Variant(enum.Enum):
+    """What a graph launches: the base model; adapters' kernels too; those and shared prefixes."""
+
+    PLAIN = 0
+    ADAPTED = 1
+    SHARED = 2
+
+
+def ladder(max_rows: int) -> list[int]:
+    """Numbers of rows to capture, ascending."""
+    sizes = {1, 2, 4, 8, *range(16, 33, 8), *range(48, 129, 16), *range(160, max_rows, 32), max_rows}
+    return sorted(size for size in sizes if size <= max_rows)
+
+
+class GraphLadder:
+    """Graphs of `run(rows, variant)` for every size of the ladder.
+
+    run: launches a step of so many rows on the current stream.
+    progress: told of graphs done and their number. Largest first, so that all share its memory.
+    """
+
+    def __init__(
+        self,
+        max_rows: int,
+        run: Callable[[int, Variant], None],
+        device: torch.device,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.sizes = ladder(max_rows)
+        self._graphs: dict[tuple[int, Variant], torch.cuda.CUDAGraph] = {}
+        pool = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream(device)
+        todo = [(size, variant) for size in reversed(self.sizes) for variant in Variant]
+        for done, (size, variant) in enumerate(todo, 1):
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                # Kernels are compiled and libraries set up outside of the capture.
+                run(size, variant)
+            torch.cuda.current_stream(device).wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                run(size, variant)
+            self._graphs[size, variant] = graph
+            if progress is not None:
+                progress(done, len(todo))
+        torch.cuda.synchronize(device)
+
+    def size_for(self, num_rows: int) -> int | None:
+        """Rows of the graph that a step of so many takes, or None if it is larger than all."""
+        at = bisect_left(self.sizes, num_rows)
+        return self.sizes[at] if at < len(self.sizes) else None
+
+    def replay(self, size: int, variant: Variant) -> None:
+        """Run the graph of exactly this size."""
+        self._graphs[size, variant].replay()

@@ -1,0 +1,215 @@
+"""A decoder's weights on the GPU and its forward pass over one ragged step.
+
+The residual stream and all intermediate values live in buffers that are taken once, so a pass allocates
+nothing and can be captured in a graph at any number of rows. Projections that read the same input are
+fused (q, k, v; gate, up); what follows a product (adapter, bias, rotation, activation) is one kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from polybatch.config import ModelSpec
+from polybatch.kernels.activation.cuda import silu_mul
+from polybatch.kernels.linear.cuda import PackedLinear
+from polybatch.kernels.norm.cuda import rms_norm
+from polybatch.models.weights import LayerWeights, ModelWeights
+
+FUSED = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
+"""Products of a layer and the projections that each joins, along their outputs."""
+
+
+class HeadLinear:
+    """The vocabulary's matrix; its product comes in float32 without being rounded on the way."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._transposed = weight.t()
+        self.num_bytes = weight.nbytes
+
+    def forward(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        if x.dtype is torch.float32:
+            torch.mm(x, self._transposed, out=out)
+        elif x.is_cuda:
+            torch.mm(x, self._transposed, out_dtype=torch.float32, out=out)  # type: ignore[call-overload]
+        else:
+            torch.mm(x.float(), self._transposed.float(), out=out)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One decoder layer as it is held. products: by the names of FUSED; biases: of those that have one."""
+
+    input_norm: torch.Tensor
+    post_attention_norm: torch.Tensor
+    products: dict[str, PackedLinear]
+    biases: dict[str, torch.Tensor]
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+
+
+class DeviceWeights:
+    """All weights of a model on one device.
+
+    pack: how the linear weights of the decoder layers are held.
+    progress: told of layers done and their number.
+    """
+
+    def __init__(
+        self,
+        weights: ModelWeights,
+        dtype: torch.dtype,
+        device: torch.device,
+        pack: Callable[[torch.Tensor], PackedLinear],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.spec = spec = weights.spec
+
+        def place(weight: torch.Tensor) -> torch.Tensor:
+            return weight.detach().to(device, dtype).contiguous()
+
+        self.embedding = place(weights.embedding())
+        self.final_norm = place(weights.final_norm())
+        self.lm_head = HeadLinear(self.embedding if spec.tie_embeddings else place(weights.lm_head()))
+        self.layers = []
+        for index in range(spec.num_layers):
+            self.layers.append(_hold(weights.layer(index), place, pack))
+            if progress is not None:
+                progress(index + 1, spec.num_layers)
+
+    @property
+    def num_bytes(self) -> int:
+        held = self.embedding.nbytes + self.final_norm.nbytes
+        held += 0 if self.spec.tie_embeddings else self.lm_head.num_bytes
+        for layer in self.layers:
+            held += sum(linear.num_bytes for linear in layer.products.values())
+            held += layer.input_norm.nbytes + layer.post_attention_norm.nbytes
+        return held
+
+
+def _hold(
+    layer: LayerWeights,
+    place: Callable[[torch.Tensor], torch.Tensor],
+    pack: Callable[[torch.Tensor], PackedLinear],
+) -> Layer:
+    products: dict[str, PackedLinear] = {}
+    biases: dict[str, torch.Tensor] = {}
+    for name, parts in FUSED.items():
+        placed = [place(getattr(layer, part)) for part in parts]
+        products[name] = pack(placed[0] if len(placed) == 1 else torch.cat(placed))
+        found = [getattr(layer, f"{part}_bias") for part in parts]
+        if any(bias is not None for bias in found):
+            sizes = [weight.shape[0] for weight in placed]
+            biases[name] = place(
+                torch.cat([
+                    torch.zeros(size) if bias is None else bias.detach().float().cpu()
+                    for bias, size in zip(found, sizes, strict=True)
+                ])
+            )  # fmt: skip
+    return Layer(
+        place(layer.input_norm),
+        place(layer.post_attention_norm),
+        products,
+        biases,
+        None if layer.q_norm is None else place(layer.q_norm),
+        None if layer.k_norm is None else place(layer.k_norm),
+    )
+
+
+class Workspace:
+    """Intermediate values of a step: a buffer for each name of `workspace_shapes`.
+
+    hidden: normalised values on their way into a product, then the product of o or down. last: normalised
+    rows that need logits.
+    """
+
+    residual: torch.Tensor
+    hidden: torch.Tensor
+    qkv: torch.Tensor
+    attention: torch.Tensor
+    gate_up: torch.Tensor
+    activated: torch.Tensor
+    last: torch.Tensor
+    logits: torch.Tensor
+
+    def __init__(
+        self, spec: ModelSpec, max_tokens: int, max_logits: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        for name, (shape, kind) in workspace_shapes(spec, max_tokens, max_logits, dtype).items():
+            setattr(self, name, torch.empty(shape, dtype=kind, device=device))
+
+
+def workspace_shapes(
+    spec: ModelSpec, max_tokens: int, max_logits: int, dtype: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Buffers of a `Workspace` for max_tokens tokens and max_logits rows of logits, by name."""
+    return {
+        "residual": ((max_tokens, spec.hidden_size), dtype),
+        "hidden": ((max_tokens, spec.hidden_size), dtype),
+        "qkv": ((max_tokens, spec.q_size + 2 * spec.kv_size), dtype),
+        "attention": ((max_tokens, spec.q_size), dtype),
+        "gate_up": ((max_tokens, 2 * spec.intermediate_size), dtype),
+        "activated": ((max_tokens, spec.intermediate_size), dtype),
+        "last": ((max_logits, spec.hidden_size), dtype),
+        "logits": ((max_logits, spec.vocab_size), torch.float32),
+    }
+
+
+class StepOperations(Protocol):
+    """What differs from step to step inside a layer."""
+
+    def embed(self, out: torch.Tensor) -> None:
+        """Write the embeddings of the step's tokens, [n, hidden]."""
+        ...
+
+    def attend(self, layer: int, qkv: torch.Tensor, out: torch.Tensor) -> None:
+        """Write keys and values to their pages and attention's result to out, [n, H * D].
+
+        qkv: [n, (H + 2 KH) * D], not yet rotated; changed.
+        """
+        ...
+
+    def product(self, layer: int, name: str, x: torch.Tensor, out: torch.Tensor) -> None:
+        """A fused product with the adapters of its tokens, without its bias."""
+        ...
+
+
+def run_layers(
+    weights: DeviceWeights, space: Workspace, step: StepOperations, logit_rows: torch.Tensor, num_rows: int
+) -> torch.Tensor:
+    """One pass over the first num_rows rows of a step. Returns its logits, [L, vocab] float32, a view.
+
+    logit_rows: [L] int32, -1 for none: such a row's logits mean nothing.
+    """
+    eps = weights.spec.rms_norm_eps
+    residual, hidden = space.residual[:num_rows], space.hidden[:num_rows]
+    qkv, attention = space.qkv[:num_rows], space.attention[:num_rows]
+    gate_up, activated = space.gate_up[:num_rows], space.activated[:num_rows]
+    step.embed(residual)
+    for index, layer in enumerate(weights.layers):
+        rms_norm(residual if index == 0 else hidden, layer.input_norm, eps,
+                 residual=None if index == 0 else residual, out=hidden)  # fmt: skip
+        step.product(index, "qkv", hidden, qkv)
+        step.attend(index, qkv, attention)
+        step.product(index, "o", attention, hidden)
+        _add_bias(hidden, layer.biases.get("o"))
+        rms_norm(hidden, layer.post_attention_norm, eps, residual=residual, out=hidden)
+        step.product(index, "gate_up", hidden, gate_up)
+        _add_bias(gate_up, layer.biases.get("gate_up"))
+        silu_mul(gate_up, out=activated)
+        step.product(index, "down", activated, hidden)
+        _add_bias(hidden, layer.biases.get("down"))
+    count = len(logit_rows)
+    last, logits = space.last[:count], space.logits[:count]
+    rms_norm(hidden, weights.final_norm, eps, residual=residual, rows=logit_rows, out=last)
+    if count:
+        weights.lm_head.forward(last, logits)
+    return logits
+
+
+def _add_bias(x: torch.Tensor, bias: torch.Tensor | None) -> None:
+    if bias is not None:
+        x += bias
