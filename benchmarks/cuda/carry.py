@@ -16,6 +16,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 PART_MIB = 48
 
@@ -42,7 +43,7 @@ def keep(folder: Path, store: Path) -> Path | None:
     for manifest in folder.glob("*.json"):
         shutil.copy(manifest, store)
     (manifest,) = store.glob("*.json")
-    described = json.loads(manifest.read_text())
+    described: dict[str, Any] = json.loads(manifest.read_text())
     parts = [store / f"{described['name']}.{number}" for number in range(len(described["parts"]))]
     for part, expected in zip(parts, described["parts"], strict=True):
         arrived = folder / part.name
@@ -57,7 +58,7 @@ def keep(folder: Path, store: Path) -> Path | None:
         raise ValueError(
             f"the parts of {described['name']} do not make the file that was split: bring all again"
         )
-    joined = store / described["name"]
+    joined: Path = store / described["name"]
     joined.write_bytes(whole)
     return joined
 
