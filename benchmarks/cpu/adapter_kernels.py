@@ -2,12 +2,12 @@
 
     python -m benchmarks.cpu.adapter_kernels --dtype bfloat16 --out adapter-kernels.json
 
-Claim: a step's time per adapter byte does not depend on how ranks are mixed. Each mix is laid out as the
-workload has it, all requests at once: one decode step of every request, and the prompts in prefill steps of the
-token budget. A turn times every one of them with the adapters and right after without, and the median of the
-turns' ratios is reported, so a slow spell of the machine meets both sides. `share` weighs prefill and decode
-as the workload does and stands for the workload's throughput over that of its base; `w5_to_w4` compares the two
-mixes.
+Claim: adapters of mixed ranks keep nearly as much of the base model's speed as equal small ones. Each mix is
+laid out as the workload has it, all requests at once: one decode step of every request, and the prompts in
+prefill steps of the token budget. A turn times every one of them with the adapters and right after without,
+and the median of the turns' ratios is reported, so a slow spell of the machine meets both sides. `share`
+weighs prefill and decode as the workload does and stands for the workload's throughput over that of its
+base; `w5_to_w4` compares the two mixes.
 
 `adapter_mib` is what a decode step reads of adapters at least; `gbs` says how fast that went if nothing
 overlapped. Adapters are random; the model is the real one, so matmuls have real shapes.

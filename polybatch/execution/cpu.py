@@ -146,7 +146,7 @@ class CpuExecutor:
                 raise EngineError(f"the plan uses adapter {digest[:12]}, which is not resident")
             placed = self._adapters.table(adapters[digest], plan.resident[digest])
             self._program.reserve_ranks(placed.num_ranks)
-            tables[digest] = (placed.table.ctypes.data, placed.max_rank)
+            tables[digest] = placed.table.ctypes.data
         self._step.fill(plan, tables)
         program = self._program.adapted if used else self._program.plain
         state = self._step.state.ctypes.data
@@ -181,7 +181,7 @@ class CpuExecutor:
         step = self._step
         return [
             (addresses[int(step.adapter_tables[slot])], slice(int(first), int(first + count)))
-            for first, count, slot in step.segments[: int(step.state[NUM_SEGMENTS]), :3]
+            for first, count, slot in step.segments[: int(step.state[NUM_SEGMENTS])]
         ]
 
     def _patch_logits(

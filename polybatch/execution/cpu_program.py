@@ -22,7 +22,7 @@ import torch
 from polybatch.errors import ConfigError
 from polybatch.execution.cpu_kernels import KernelShape, compile_kernels
 from polybatch.kernels.cpu.emit import LANES, LOG2_E
-from polybatch.kernels.cpu.layout import ITEM_BYTES, LISTED_ROWS, MODULES, NUM_LOGITS, NUM_TOKENS, padded
+from polybatch.kernels.cpu.layout import ITEM_BYTES, NUM_LOGITS, NUM_TOKENS, padded
 from polybatch.kernels.cpu.memory import Area, aligned_bytes, release_free_memory
 from polybatch.kernels.cpu.team import Program
 from polybatch.kernels.linear.cpu import (
@@ -223,7 +223,6 @@ class CpuProgram:
         self.qkv_width = padded(spec.q_size) + 2 * padded(spec.kv_size)
         self.vocab_width = padded(spec.vocab_size)
         b = self.buffers
-        self.lists = b.rows(len(MODULES) + 1, LISTED_ROWS, 8)
         self.x_tensor = b.tensor(max_tokens, self.hidden, 4).view(torch.float32)
         self.x = self.x_tensor.data_ptr()
         self.a = b.rows(max_tokens, self.hidden, item)
@@ -302,7 +301,7 @@ class CpuProgram:
             packed.scales.data_ptr() if packed.scales is not None else 0,
             self.buffers.table(packed.records), out, out_stride, rows_index,
             self.step.token_adapter if has_adapters else 0, self.step.adapter_tables, layer,
-            0, 0, 0, 0, self.lists]))  # fmt: skip
+            0, 0]))  # fmt: skip
         return ops
 
     def _pack(self, weights: list[Weight], kind: str, interleave: bool = False) -> PackedLinear:
@@ -355,7 +354,7 @@ class CpuProgram:
             # an adapter's row is filled up with zeros to a cache line; what follows is anybody's
             return (self._shrink, [
                 src, width * item, padded(inputs, 64 // item), step.segments, step.adapter_tables, i, first,
-                count, 0, 0, self.lists])  # fmt: skip
+                count, 0, 0])  # fmt: skip
 
         heads = spec.num_heads * self.head_stride
         versions = []

@@ -1,6 +1,6 @@
 """Compiled shrink and expand against the reference: random segments, ranks, widths and dtypes.
 
-The expand runs where it belongs, in the end of a linear layer's tiles; the layer's own weights are random, too.
+The expand runs where it belongs, in the end of a linear layer's tiles; the layer's weights are random, too.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ def make_case(dtype, owners, ranks, num_in, num_outs, dense, seed):
     for module_ranks, num_out in zip(ranks, num_outs, strict=True):
         # rows have a whole cache line each, filled up with zeros, and the last columns' prefetch behind them
         wide = padded(num_in, 32), padded(num_out, 32)
-        rows, table, a, b = scattered(module_ranks, *wide, generator, rounded, dense)
+        rows, table, a, _ = scattered(module_ranks, *wide, generator, rounded, dense)
         for r in range(len(a)):
             rows[table.a_rows[r] + num_in : table.a_rows[r] + wide[0]] = 0
         memory.append(torch.cat([rows, torch.full((512,), torch.nan, dtype=rounded)]))
@@ -118,8 +118,8 @@ def compiled(case, dtype, isa, end=linear_cpu.STORE, num_threads=1):
         for start in range(first, first + length, cpu.SEGMENT_TOKENS)
     ]
     segments = np.zeros((len(pieces) + 1, cpu.SEGMENT_FIELDS), dtype=np.int32)
-    for segment, piece in zip(segments, pieces, strict=False):
-        segment[:3] = piece
+    if pieces:
+        segments[: len(pieces)] = pieces
     state = {NUM_TOKENS: num_tokens, NUM_SEGMENTS: len(pieces)}
     run_operation(cpu.compile_shrink(dtype, isa), {
         cpu.X_PTR: x.data_ptr(), cpu.X_STRIDE: width * item, cpu.WIDTH: padded(num_in, 64 // item),

@@ -43,9 +43,7 @@ from polybatch.kernels.cpu.layout import (
     GAIN,
     H_OFFSET,
     ITEM_BYTES,
-    LISTED_ROWS,
     MODULES,
-    NUM_LISTED_ROWS,
     RANK,
     ROWS,
 )
@@ -62,18 +60,20 @@ from polybatch.kernels.cpu.team import (
 )
 from polybatch.kernels.linear.cpu_pack import INT4_GROUP_BYTES, INTEGER_KINDS, PANEL_FIELDS
 from polybatch.kernels.linear.quantize import GROUP
-from polybatch.kernels.lora.cpu_expand import EXPAND_ROWS, emit_expand, expand_rows
 
 if TYPE_CHECKING:
     from polybatch.kernels.cpu.bound import (
         AHEAD_BYTES,
-        AHEAD_LINES,
         DELTA_ITEM,
         HALF_BYTES,
         HALF_COLUMNS,
         HALVES,
         OUT_ITEM,
         end_row,
+        expand1,
+        expand2,
+        expand4,
+        expand_rows,
         finish_half,
         tile1,
         tile2,
@@ -81,8 +81,6 @@ if TYPE_CHECKING:
         tile4,
         tile5,
         tile6,
-        tile6_listed,
-        tile_listed,
         tile_of,
     )
 
@@ -94,8 +92,6 @@ MAX_BLOCK = 96
 """Rows of a unit of work at most; their inputs stay in cache."""
 INT_LINES = 4
 """Cache lines of the next panel that an integer tile prefetches per group."""
-PANEL_TILES = 4
-"""Full tiles whose prefetches bring the whole next panel; later ones can bring adapter rows."""
 
 # How a tile ends.
 STORE, ADD, SILU_MUL = range(3)
@@ -103,36 +99,26 @@ STORE, ADD, SILU_MUL = range(3)
 # Arguments of the operation, after the row's own two.
 (A_PTR, A_STRIDE, A_SCALES, A_SUMS, SUMS_STRIDE, W_PTR, PANEL_BYTES, NUM_PANELS, STEPS, W_SCALE, PANELS,
  OUT_PTR, OUT_STRIDE, ROWS_INDEX, TOKEN_ADAPTER, ADAPTER_TABLES, LAYER, H_PTR, H_STRIDE, NEXT_W,
- NEXT_PANEL_BYTES, LISTS) = range(ARGS, ARGS + 22)  # fmt: skip
+ NEXT_PANEL_BYTES) = range(ARGS, ARGS + 21)  # fmt: skip
 
 
 # ---- micro-kernels
 
 
-def _prefetch_listed(e: Emitter, x: list[Any], i: Any) -> None:
-    """Ask for a line of row i of a list. x: the list's address, its last index, byte offset in the row."""
-    addresses, last, offset = x
-    index = e.b.select(e.b.icmp_signed("<", i, last), i, last)
-    e.prefetch(e.add(e.load(e.add(addresses, e.mul(index, 8)), ir.IntType(64), 8), offset))
-
-
-def _emit_tile(rows: int, kind: str, is_listed: bool = False) -> Any:
+def _emit_tile(rows: int, kind: str) -> Any:
     """tile[rows, 64] = A[rows, :] @ panel in floating point.
 
     Arguments: A, its row stride in bytes, panel, tile, steps of 4 bytes of A, memory to prefetch (a cache
-    line per step); or, if listed, a list of row addresses, its last index and an offset.
+    line per step).
     """
 
     def emit(e: Emitter, x: list[Any]) -> None:
-        a, stride, panel, tile, steps, *ahead = x
+        a, stride, panel, tile, steps, ahead = x
         bases = [e.add(a, e.mul(stride, m)) for m in range(rows)]
 
         def step(k: Any, accs: list[Any]) -> list[Any]:
             at = e.add(panel, e.mul(k, TILE_STRIDE))
-            if is_listed:
-                _prefetch_listed(e, ahead, k)
-            else:
-                e.prefetch(e.add(ahead[0], e.mul(k, VECTOR_BYTES)))
+            e.prefetch(e.add(ahead, e.mul(k, VECTOR_BYTES)))
             columns = [e.load(e.add(at, VECTOR_BYTES * n), V_I32, 64) for n in range(VECTORS)]
             offset = e.mul(k, 4)
             for m in range(rows):
@@ -149,18 +135,18 @@ def _emit_tile(rows: int, kind: str, is_listed: bool = False) -> Any:
     return emit
 
 
-def _emit_tile_int(rows: int, vectors: int, kind: str, is_listed: bool = False) -> Any:
+def _emit_tile_int(rows: int, vectors: int, kind: str) -> Any:
     """tile[rows, 16 * vectors] = A[rows, :] @ panel on integers, dequantised group by group.
 
     Arguments: A, its row stride in bytes, panel, tile, groups, scales and sums of the rows' groups,
     their row stride in bytes, scales of the panel's columns (int8), first vector of the panel, memory to
-    prefetch (INT_LINES cache lines per group); or, if listed, as for `_emit_tile`.
+    prefetch (INT_LINES cache lines per group).
     """
     half = ir.VectorType(ir.HalfType(), LANES)
     group_bytes = INT4_GROUP_BYTES if kind == "int4" else COLUMNS * GROUP
 
     def emit(e: Emitter, x: list[Any]) -> None:
-        a, stride, panel, tile, groups, a_scales, a_sums, sums_stride, w_scale, first, *ahead = x
+        a, stride, panel, tile, groups, a_scales, a_sums, sums_stride, w_scale, first, ahead = x
         b = e.b
         bases = [e.add(a, e.mul(stride, m)) for m in range(rows)]
         scales = [e.add(a_scales, e.mul(sums_stride, m)) for m in range(rows)]
@@ -188,12 +174,7 @@ def _emit_tile_int(rows: int, vectors: int, kind: str, is_listed: bool = False) 
         def group(g: Any, accs: list[Any]) -> list[Any]:
             at = e.add(panel, e.mul(g, group_bytes))
             for line in range(INT_LINES):
-                if is_listed:
-                    _prefetch_listed(e, ahead, e.add(e.mul(g, INT_LINES), line))
-                else:
-                    e.prefetch(
-                        e.add(ahead[0], e.add(e.mul(g, INT_LINES * VECTOR_BYTES), line * VECTOR_BYTES))
-                    )
+                e.prefetch(e.add(ahead, e.add(e.mul(g, INT_LINES * VECTOR_BYTES), line * VECTOR_BYTES)))
             offset = e.mul(g, GROUP)
             at_table = e.mul(g, 4)
             row_sums = [e.splat(e.load(e.add(s, at_table), I32, 4)) for s in sums]
@@ -228,6 +209,41 @@ def _emit_tile_int(rows: int, vectors: int, kind: str, is_listed: bool = False) 
             if kind == "int8":
                 value = b.fmul(value, e.load(e.add(w_scale, VECTOR_BYTES * n), V_F32, 4))
             e.store(value, e.add(tile, m * TILE_STRIDE + n * VECTOR_BYTES), 64)
+
+    return emit
+
+
+def _emit_expand(rows: int, vectors: int, dtype: str) -> Any:
+    """tile[rows, 16 * vectors] += sum over j of h[:, j] * B[j]: the adapter's second half.
+
+    Arguments: tile, h, its row stride in bytes, rank, address of the B rows' addresses, byte offset
+    of the columns within a B row, distance from there to the columns to prefetch.
+    """
+
+    def emit(e: Emitter, x: list[Any]) -> None:
+        tile, h, h_stride, rank, table, offset, ahead = x
+        hs = [e.add(h, e.mul(h_stride, m)) for m in range(rows)]
+
+        def cell(m: int, n: int) -> Any:
+            return e.add(tile, m * TILE_STRIDE + n * VECTOR_BYTES)
+
+        start = [e.load(cell(m, n), V_F32, 64) for m in range(rows) for n in range(vectors)]
+
+        def step(j: Any, accs: list[Any]) -> list[Any]:
+            row = e.add(e.load(e.add(table, e.mul(j, 8)), ir.IntType(64), 8), offset)
+            item = ITEM_BYTES[dtype]
+            columns = [e.load_f32(e.add(row, LANES * item * n), dtype) for n in range(vectors)]
+            for line in range(0, vectors * LANES * item, VECTOR_BYTES):
+                e.prefetch(e.add(e.add(row, ahead), line))
+            for m in range(rows):
+                weight = e.splat(e.load(e.add(hs[m], e.mul(j, 4)), ir.FloatType(), 4))
+                for n in range(vectors):
+                    accs[m * vectors + n] = e.fma(weight, columns[n], accs[m * vectors + n])
+            return accs
+
+        ends = e.loop(rank, start, step)
+        for i, value in enumerate(ends):
+            e.store(value, cell(i // vectors, i % vectors), 64)
 
     return emit
 
@@ -277,19 +293,6 @@ def _run(args: int, state: int, tid: int, num_threads: int) -> None:
     next_w, next_panel_bytes = load_i64(args, NEXT_W), load_i64(args, NEXT_PANEL_BYTES)
     tile = stack_bytes(TILE_BYTES)
     num_units = num_panels * blocks
-    # Tiles to spare fetch the adapters' columns of the next panel: of each row two lines, shared by the blocks
-    # of a panel. Where there are too few tiles, the adapters' own loops fetch what they will need.
-    listed = 0
-    if token_adapter != 0 and blocks <= 2 and DELTA_ITEM == 2:
-        listed = load_i64(state, NUM_LISTED_ROWS)
-    slots = steps * AHEAD_LINES
-    tiles_per_line = (listed + slots - 1) // slots
-    tiles_to_list = 2 // blocks * tiles_per_line
-    if block // ROWS < PANEL_TILES + tiles_to_list:
-        listed = 0
-    delta_ahead = num_threads * HALF_COLUMNS * DELTA_ITEM
-    if listed > 0:
-        delta_ahead = 0
     while True:
         unit = claim(load_i64(args, 1))
         if unit >= num_units:
@@ -313,21 +316,12 @@ def _run(args: int, state: int, tid: int, num_threads: int) -> None:
             rows = min(ROWS, last - m)
             a = a_ptr + m * a_stride
             scales, sums = a_scales + m * sums_stride, a_sums + m * sums_stride
-            spare = (m - first) // ROWS - PANEL_TILES
-            if listed > 0 and 0 <= spare < tiles_to_list and rows == ROWS and guess < num_panels:
-                line, start = unit % blocks + spare // tiles_per_line, spare % tiles_per_line * slots
-                coming = load_i64(args, PANELS) + guess * PANEL_FIELDS * 8 + (1 + 4 * line * (HALVES - 1)) * 8
-                rows_at = load_i64(args, LISTS) + (max(0, load_i64(coming, 0)) * LISTED_ROWS + start) * 8
-                at = load_i64(coming, 1) * DELTA_ITEM + (2 - HALVES) * line * VECTOR_BYTES
-                tile_listed(a, a_stride, panel, tile, steps, scales, sums, sums_stride, w_s, rows_at,
-                            listed - start - 1, at)  # fmt: skip
-            else:
-                tile_of(rows, a, a_stride, panel, tile, steps, scales, sums, sums_stride, w_s, ahead)
-                ahead += steps * AHEAD_BYTES
+            tile_of(rows, a, a_stride, panel, tile, steps, scales, sums, sums_stride, w_s, ahead)
+            ahead += steps * AHEAD_BYTES
             for half in range(HALVES):
                 part = record + (1 + 4 * half) * 8
                 finish_half(part, tile + half * HALF_BYTES, m, rows, token_adapter, tables, layer,
-                            h_ptr, h_stride, delta_ahead)  # fmt: skip
+                            h_ptr, h_stride, num_threads * HALF_COLUMNS * DELTA_ITEM)  # fmt: skip
             for r in range(rows):
                 end_row(tile + r * TILE_STRIDE, out + (m + r) * out_stride)
         report_done(load_i64(args, 1))
@@ -386,6 +380,20 @@ def _finish_half(
                 store_f32(tile + r * TILE_STRIDE, c, np.float32(0))
 
 
+def _expand_rows(
+    count: int, tile: int, h: int, h_stride: int, rank: int, table: int, offset: int, ahead: int
+) -> None:
+    r = 0
+    while count - r >= 4:
+        expand4(tile + r * TILE_STRIDE, h + r * h_stride, h_stride, rank, table, offset, ahead)
+        r += 4
+    if count - r >= 2:
+        expand2(tile + r * TILE_STRIDE, h + r * h_stride, h_stride, rank, table, offset, ahead)
+        r += 2
+    if count - r >= 1:
+        expand1(tile + r * TILE_STRIDE, h + r * h_stride, h_stride, rank, table, offset, ahead)
+
+
 def _tile_float(
     rows: int,
     a: int,
@@ -411,44 +419,6 @@ def _tile_float(
         tile2(a, a_stride, panel, tile, steps, ahead)
     else:
         tile1(a, a_stride, panel, tile, steps, ahead)
-
-
-def _listed_float(
-    a: int,
-    a_stride: int,
-    panel: int,
-    tile: int,
-    steps: int,
-    scales: int,
-    sums: int,
-    sums_stride: int,
-    w_scale: int,
-    addresses: int,
-    last: int,
-    offset: int,
-) -> None:
-    tile6_listed(a, a_stride, panel, tile, steps, addresses, last, offset)
-
-
-def _listed_int(
-    a: int,
-    a_stride: int,
-    panel: int,
-    tile: int,
-    steps: int,
-    scales: int,
-    sums: int,
-    sums_stride: int,
-    w_scale: int,
-    addresses: int,
-    last: int,
-    offset: int,
-) -> None:
-    tile6_listed(a, a_stride, panel, tile, steps, scales, sums, sums_stride, w_scale, 0, addresses, last,
-                 offset)  # fmt: skip
-    done = min(last, steps * INT_LINES)
-    tile6_listed(a, a_stride, panel, tile, steps, scales, sums, sums_stride, w_scale, 2, addresses + done * 8,
-                 last - done, offset)  # fmt: skip
 
 
 def _tile_int(
@@ -497,16 +467,14 @@ def compile_linear(kind: str, end: int, out_dtype: str, delta_dtype: str, isa: s
     if kind in INTEGER_KINDS:
         for rows, vectors in ((1, 4), (2, 4), (4, 2), (6, 2)):
             bindings[f"tile{rows}"] = micro_kernel(11, _emit_tile_int(rows, vectors, kind), isa)
-        bindings["tile6_listed"] = micro_kernel(13, _emit_tile_int(ROWS, 2, kind, True), isa)
-        tile, listed = _tile_int, _listed_int
+        tile = _tile_int
     else:
         for rows in range(1, ROWS + 1):
             bindings[f"tile{rows}"] = micro_kernel(6, _emit_tile(rows, kind), isa)
-        bindings["tile6_listed"] = micro_kernel(8, _emit_tile(ROWS, kind, True), isa)
-        tile, listed = _tile_float, _listed_float
-    for rows in EXPAND_ROWS:
+        tile = _tile_float
+    for rows in (1, 2, 4):
         bindings[f"expand{rows}"] = micro_kernel(
-            7, emit_expand(rows, half_columns // LANES, delta_dtype), isa
+            7, _emit_expand(rows, half_columns // LANES, delta_dtype), isa
         )
     bindings["end_row"] = micro_kernel(2, _emit_rowwise(end, out_dtype), isa)
     bindings |= {
@@ -515,10 +483,8 @@ def compile_linear(kind: str, end: int, out_dtype: str, delta_dtype: str, isa: s
         "HALF_BYTES": half_columns * 4,
         "OUT_ITEM": ITEM_BYTES[out_dtype] if end == SILU_MUL else 4,
         "DELTA_ITEM": ITEM_BYTES[delta_dtype],
-        "AHEAD_LINES": 2 * INT_LINES if kind in INTEGER_KINDS else 1,
         "AHEAD_BYTES": VECTOR_BYTES * (2 * INT_LINES if kind in INTEGER_KINDS else 1),
     }
-    parts = {"tile_of": tile, "tile_listed": listed, "expand_rows": expand_rows, "finish_half": _finish_half}
-    for name, function in parts.items():
+    for name, function in (("tile_of", tile), ("expand_rows", _expand_rows), ("finish_half", _finish_half)):
         bindings[name] = inner_function(function, bindings, f"{variant}-{isa}")
     return compile_function(variant, _run, bindings=bindings, isa=isa)

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numba
 from llvmlite import ir
 
-from polybatch.kernels.cpu.compile import compile_function, detect_isa, rebind
+from polybatch.kernels.cpu.compile import compile_function, detect_isa, inner_function
 from polybatch.kernels.cpu.emit import I64, V_I32, VECTOR_BYTES, Emitter, micro_kernel
 from polybatch.kernels.cpu.layout import (
     A_ROWS,
@@ -156,5 +155,5 @@ def compile_shrink(dtype: str, isa: str | None = None) -> int:
     }
     bindings["prefetch_columns"] = micro_kernel(1, _emit_prefetch(4), chosen)
     bindings["ITEM"] = ITEM_BYTES[dtype]
-    bindings["shrink_tokens"] = numba.njit(rebind(_shrink_tokens, bindings, f"{dtype}-{chosen}"))
+    bindings["shrink_tokens"] = inner_function(_shrink_tokens, bindings, f"{dtype}-{chosen}")
     return compile_function(f"shrink-{dtype}", _shrink, bindings=bindings, isa=isa)
