@@ -181,6 +181,8 @@ def test_tokens_and_text_are_inverse(server: RunningServer) -> None:
 
 
 def test_a_truncated_prompt_keeps_its_end(server: RunningServer) -> None:
-    answer = server.complete(prompt="abcdef", truncate_prompt_tokens=2, max_tokens=4, temperature=0, echo=True)
+    answer = server.complete(
+        prompt="abcdef", truncate_prompt_tokens=2, max_tokens=4, temperature=0, echo=True
+    )
     assert answer.json()["usage"]["prompt_tokens"] == 2
     assert answer.json()["choices"][0]["text"].startswith("ef")
