@@ -196,38 +196,41 @@ class Int4Linear:
 
     def forward_fused(self, x: torch.Tensor, out: torch.Tensor, config: Int4Config) -> None:
         """One launch. The workspace must have been reserved for the configuration."""
+        grid, arguments, options = self._launch(x, out, config)
+        int4_linear_kernel[grid](*arguments, **options)
+
+    def compile_fused(self, x: torch.Tensor, out: torch.Tensor, config: Int4Config) -> None:
+        """Compile what forward_fused would launch; inside triton.AsyncCompileMode many at a time."""
+        grid, arguments, options = self._launch(x, out, config)
+        int4_linear_kernel.warmup(*arguments, grid=grid, **options)
+
+    def _launch(
+        self, x: torch.Tensor, out: torch.Tensor, config: Int4Config
+    ) -> tuple[tuple[int, int, int], tuple[Any, ...], dict[str, Any]]:
         layout = self.layout
         grid = (layout.rows // config.block_out, config.split, -(-x.shape[0] // config.block_m))
-        options: dict[str, Any] = {"launch_pdl": True} if config.is_dependent else {}
-        int4_linear_kernel[grid](
-            x,
-            layout.words,
-            layout.scales,
-            layout.scales if layout.offsets is None else layout.offsets,
-            out,
-            self._workspace.buffer("partials"),
-            self._workspace.buffer("arrived"),
-            x.shape[0],
-            layout.num_in,
-            layout.num_out,
-            layout.rows,
-            layout.k_tiles,
-            config.split,
-            x.stride(0),
-            out.stride(0),
-            BLOCK_M=config.block_m,
-            BLOCK_OUT=config.block_out,
-            IS_SPLIT=config.split > 1,
-            EVEN_K=layout.num_in % K_TILE == 0,
-            GROUPED=layout.is_grouped,
-            HAS_ZEROS=layout.offsets is not None,
-            SCALES_BF16=layout.scales_bf16,
-            ASSEMBLY=not _INTERPRETED,
-            DEPENDENT=config.is_dependent,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            **options,
-        )
+        arguments = (
+            x, layout.words, layout.scales, layout.scales if layout.offsets is None else layout.offsets, out,
+            self._workspace.buffer("partials"), self._workspace.buffer("arrived"),
+            x.shape[0], layout.num_in, layout.num_out, layout.rows, layout.k_tiles, config.split,
+            x.stride(0), out.stride(0),
+        )  # fmt: skip
+        options: dict[str, Any] = {
+            "BLOCK_M": config.block_m,
+            "BLOCK_OUT": config.block_out,
+            "IS_SPLIT": config.split > 1,
+            "EVEN_K": layout.num_in % K_TILE == 0,
+            "GROUPED": layout.is_grouped,
+            "HAS_ZEROS": layout.offsets is not None,
+            "SCALES_BF16": layout.scales_bf16,
+            "ASSEMBLY": not _INTERPRETED,
+            "DEPENDENT": config.is_dependent,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+        }
+        if config.is_dependent:
+            options["launch_pdl"] = True
+        return grid, arguments, options
 
     def forward_widened(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Rows of weights by the chunk: widen them into scratch, multiply."""
