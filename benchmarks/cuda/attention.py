@@ -8,6 +8,8 @@ mean over a graph of launches on different layers' pages, more of them than the 
 before any timing, in processes of their own, which compile all variants side by side.
 """
 
+# mypy: disable-error-code="no-untyped-call"
+
 from __future__ import annotations
 
 import argparse
@@ -28,6 +30,8 @@ from polybatch.kernels.ragged_attention.work import Heads, PrefixGroup, Tiles, W
 PAGE = 16
 LLAMA = Heads(32, 8, 128)
 READ_GB_S, TFLOP_S = 3090.0, 749.0
+DEVICE = "cuda"
+NUM_SMS = 132
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 
 
@@ -86,20 +90,20 @@ class Setup:
         size = 2 * heads.num_kv_heads * PAGE * heads.head_dim
         torch.manual_seed(seed)
         if arena is None:
-            arena = torch.randn(num_layers, self.num_pages, size, device="cuda", dtype=dtype)
+            arena = torch.randn(num_layers, self.num_pages, size, device=DEVICE, dtype=dtype)
         self.arena = arena
         if poison:
             self._poison(pages)
         q_size = heads.num_heads * heads.head_dim
-        self.qkv = torch.randn(step.num_tokens, q_size * 3 // 2, device="cuda", dtype=dtype)
+        self.qkv = torch.randn(step.num_tokens, q_size * 3 // 2, device=DEVICE, dtype=dtype)
         self.q = self.qkv[:, :q_size].unflatten(1, (heads.num_heads, heads.head_dim))
-        self.out = torch.full((step.num_tokens, q_size), torch.nan, device="cuda", dtype=dtype)
+        self.out = torch.full((step.num_tokens, q_size), torch.nan, device=DEVICE, dtype=dtype)
         starts = np.repeat(self.kv_lens - self.counts, self.counts)
         firsts = np.cumsum(self.counts) - self.counts
         positions = starts + np.arange(step.num_tokens) - np.repeat(firsts, self.counts)
         self.firsts = firsts
-        self.positions = torch.from_numpy(positions.astype(np.int32)).cuda()
-        self.table_gpu = torch.from_numpy(self.table).cuda()
+        self.positions = torch.from_numpy(positions.astype(np.int32)).to(DEVICE)
+        self.table_gpu = torch.from_numpy(self.table).to(DEVICE)
 
     def _poison(self, pages: np.ndarray) -> None:
         """NaN in every slot that no sequence holds."""
@@ -108,39 +112,41 @@ class Setup:
             for j in range(pages[s]):
                 held[self.table[s, j], : min(PAGE, kv_len - j * PAGE)] = True
         view = self.view(0)
-        view.masked_fill_(~held.cuda()[:, None, None, :, None], torch.nan)
+        view.masked_fill_(~held.to(DEVICE)[:, None, None, :, None], torch.nan)
 
     def view(self, layer: int) -> torch.Tensor:
         shape = (self.num_pages, 2, self.heads.num_kv_heads, PAGE, self.heads.head_dim)
         return self.arena[layer].view(shape)
 
-    def launcher(self, tiles: Tiles, *, combined: bool = False) -> tuple[Callable[[int], None], Work]:
+    def launcher(
+        self, tiles: Tiles, *, combined: bool = False, dependent: bool = False
+    ) -> tuple[Callable[[int], None], Work]:
         """launch(layer) under a configuration; combined: with the code of both kinds of item."""
-        num_sms = torch.cuda.get_device_properties(0).multi_processor_count
         step = self.step
         limits = make_limits(
             self.heads,
             tiles,
             max_tokens=step.num_tokens,
             max_seqs=len(step.chunks),
-            num_sms=num_sms,
+            num_sms=NUM_SMS,
             max_group_tokens=step.members * 16,
         )
         views = {name: np.zeros(shape, dtype) for name, (shape, dtype) in arrays(limits).items()}
         groups = [PrefixGroup(0, step.prefix, np.arange(step.members))] if step.members else []
         work = fill(
             views, self.heads, tiles,
-            first_tokens=self.firsts, num_new=self.counts, kv_lens=self.kv_lens, num_sms=num_sms,
+            first_tokens=self.firsts, num_new=self.counts, kv_lens=self.kv_lens, num_sms=NUM_SMS,
             max_partials=limits.max_partials, groups=groups, window=step.window,
         )  # fmt: skip
-        device = {name: torch.from_numpy(view).cuda() for name, view in views.items()}
-        scratch = cuda.make_scratch(self.heads, limits, "cuda")
+        device = {name: torch.from_numpy(view).to(DEVICE) for name, view in views.items()}
+        scratch = cuda.make_scratch(self.heads, limits, DEVICE)
 
         def launch(layer: int) -> None:
             cuda.ragged_attention(
                 self.q, self.out, self.arena[layer], self.table_gpu, self.positions, device, scratch,
                 self.heads, tiles, scale=self.heads.head_dim**-0.5, page_size=PAGE, window=step.window,
                 has_narrow=combined or work.has_narrow, has_wide=combined or work.has_wide,
+                is_dependent=dependent,
             )  # fmt: skip
 
         return launch, work
@@ -196,6 +202,8 @@ CHECKED = [
 BASE = Tiles()
 NARROW = {
     "both 64x3 2/SM": BASE,
+    "both 64x3 2/SM pdl": BASE,
+    "64x3 3/SM pdl": replace(BASE, programs_per_sm=3),
     "64x3 3/SM": replace(BASE, programs_per_sm=3),
     "64x3 3/SM x2": replace(BASE, programs_per_sm=3, waves=2),
     "64x3 3/SM x4": replace(BASE, programs_per_sm=3, waves=4),
@@ -223,13 +231,13 @@ DECODE = [
     Step("decode 64 x 64..960", UNEVEN),
     Step("decode 4 x 32k", [(32767, 1)] * 4),
     Step("decode 1 x 32k", [(32767, 1)]),
+    Step("decode 256 x 2112", [(2111, 1)] * 256),
 ]
 PREFILL = [Step("prefill 16 x 512", [(0, 512)] * 16), Step("prefill 1 x 8192", [(0, 8192)])]
 MIXED = [
     Step("prefix 256 x (2048 + 64)", [(2111, 1)] * 256, 2048, 256),
     Step("verify 64 x 5 of 512", [(507, 5)] * 64),
     Step("200 decode + 512 prefill", [(511, 1)] * 200 + [(512, 512)]),
-    Step("no group 256 x (2048 + 64)", [(2111, 1)] * 256),
 ]
 QUICK = ("decode 1 x 512", "decode 64 x 512", "decode 256 x 512", "decode 4 x 32k")
 
@@ -258,9 +266,9 @@ def run_check(task: tuple[str, Any]) -> tuple[str, float, float]:
     return f"{'wide' if is_wide else 'narrow'} {tiles}", worst, TOLERANCE[torch.bfloat16]
 
 
-def time_step(setup: Setup, tiles: Tiles, combined: bool) -> float:
+def time_step(setup: Setup, tiles: Tiles, *, combined: bool, dependent: bool) -> float:
     """Seconds of one layer's launch: the median of graph replays over all layers."""
-    launch, _ = setup.launcher(tiles, combined=combined)
+    launch, _ = setup.launcher(tiles, combined=combined, dependent=dependent)
     repeats = max(1, 16 // setup.num_layers)
     launch(0)
     torch.cuda.synchronize()
@@ -290,9 +298,11 @@ def time_all(steps: list[Step], configs: dict[str, Tiles]) -> list[dict[str, Any
         floor = max(kv_bytes / READ_GB_S / 1e9, step.flop(LLAMA) / TFLOP_S / 1e12)
         for name, tiles in configs.items():
             try:
-                seconds = time_step(setup, tiles, combined=name.startswith("both"))
+                seconds = time_step(
+                    setup, tiles, combined=name.startswith("both"), dependent=name.endswith("pdl")
+                )
             except Exception as failure:  # noqa: BLE001 a variant that does not fit must not end the run
-                print(f"{step.name:28} {name:16} failed: {str(failure)[:120]}", flush=True)
+                print(f"{step.name:28} {name:18} failed: {str(failure)[:120]}", flush=True)
                 continue
             row = {
                 "step": step.name,
@@ -304,7 +314,7 @@ def time_all(steps: list[Step], configs: dict[str, Tiles]) -> list[dict[str, Any
             }
             rows.append(row)
             print(
-                f"{step.name:28} {name:16} {row['us']:9.1f} us {row['gb_s']:7.0f} GB/s "
+                f"{step.name:28} {name:18} {row['us']:9.1f} us {row['gb_s']:7.0f} GB/s "
                 f"{row['tflop_s']:6.0f} TFLOP/s {floor / seconds:6.1%} of the floor",
                 flush=True,
             )

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from polybatch.kernels.ragged_attention.work import Heads, Limits, Tiles
 
@@ -80,6 +81,12 @@ def _turns(
 
 
 @triton.jit
+def _log_sum(m, total):
+    """To base 2."""
+    return tl.where(total > 0, m + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
+
+
+@triton.jit
 def _load_part(
     partial, partial_lse, first, num_parts, part, rows, head, d, H: tl.constexpr, D: tl.constexpr
 ):  # fmt: skip
@@ -133,8 +140,7 @@ def _store(
     at = (token.to(tl.int64) * (H * D) + head * D)[:, None] + d[None, :]
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=rows[:, None] & (d < D)[None, :])
     if HAS_LSE:
-        lse = tl.where(total > 0, (m + tl.log2(total)) * 0.6931471805599453, float("-inf"))
-        tl.store(lse_ptr + token * H + head, lse, mask=rows)
+        tl.store(lse_ptr + token * H + head, _log_sum(m, total) * 0.6931471805599453, mask=rows)
 
 
 @triton.jit
@@ -190,7 +196,7 @@ def _attend_item(
         at = (first_part + part).to(tl.int64) * H + head
         out = acc / tl.where(total > 0, total, 1.0)[:, None]
         tl.store(partial + at[:, None] * D + d[None, :], out, mask=cells)
-        tl.store(partial_lse + at, tl.where(total > 0, m + tl.log2(total), float("-inf")), mask=rows)
+        tl.store(partial_lse + at, _log_sum(m, total), mask=rows)
         # All threads' parts are written before any counter says so.
         tl.debug_barrier()
         arrived = tl.atomic_add(counters + token * H + head, 1, mask=rows, sem="acq_rel", scope="gpu")
@@ -203,18 +209,28 @@ def _attend_item(
             )  # fmt: skip
 
 
-@triton.jit
+# The step's arrays lie anywhere in one buffer: their alignment must not decide what is compiled.
+@triton.jit(
+    do_not_specialize=["table_stride"],
+    do_not_specialize_on_alignment=[
+        "table_ptr", "positions_ptr", "num_items_ptr", "items_ptr", "tokens_ptr", "parts_ptr",
+    ],
+)  # fmt: skip
 def ragged_attention_kernel(
     q_ptr, q_stride, out_ptr, lse_ptr, pool_ptr, page_stride, table_ptr, table_stride, positions_ptr,
     num_items_ptr, items_ptr, tokens_ptr, parts_ptr, partial_ptr, partial_lse_ptr, counters_ptr, scale,
     H: tl.constexpr, KH: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
     WINDOW: tl.constexpr, HAS_LSE: tl.constexpr, NARROW_ROWS: tl.constexpr, NARROW_KEYS: tl.constexpr,
-    WIDE_ROWS: tl.constexpr, WIDE_KEYS: tl.constexpr,
+    WIDE_ROWS: tl.constexpr, WIDE_KEYS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Grid: room for items times key-value heads. A kind of item with 0 rows is compiled without."""
     program = tl.program_id(0)
     index = program // KH
-    if index >= tl.load(num_items_ptr):
+    num_items = tl.load(num_items_ptr)
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
+    if index >= num_items:
         return
     kv_head = program % KH
     item = items_ptr + index * 8
@@ -294,6 +310,7 @@ def ragged_attention(
     max_items: int | None = None,
     has_narrow: bool = True,
     has_wide: bool = True,
+    is_dependent: bool = False,
 ) -> None:
     """Attend the items of a plan; allocates nothing, so a graph can capture it.
 
@@ -306,6 +323,8 @@ def ragged_attention(
         key-value head starts, and ends at once where there is no item.
     has_narrow, has_wide: False leaves out the code of items that the plan has none of.
     lse: [T, H] float32 contiguous or None, natural logarithm as in the package's contract.
+    is_dependent: start while the kernel before ends (programmatic dependent launch); `work` must have been
+        on the device before that one began.
     """
     items = work["attention_items"]
     count = items.shape[0] if max_items is None else max_items
@@ -340,6 +359,8 @@ def ragged_attention(
         NARROW_KEYS=tiles.narrow_keys,
         WIDE_ROWS=tiles.wide_rows if has_wide else 0,
         WIDE_KEYS=tiles.wide_keys,
+        DEPENDENT=is_dependent,
+        launch_pdl=is_dependent,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
