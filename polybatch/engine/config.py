@@ -77,11 +77,11 @@ class EngineConfig:
         _check_choice("executor", self.executor, ("auto", "cpu", "cuda", "eager"))
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ConfigError(f"device is {self.device!r}; it must be auto, cpu, cuda or cuda:N")
-        if self.executor in ("cpu", "cuda") and self.device not in ("auto", self.executor):
-            if not self.device.startswith(f"{self.executor}:"):
-                raise ConfigError(
-                    f"executor is {self.executor!r} and device {self.device!r}: leave one of them out"
-                )
+        kind = self.device.partition(":")[0]
+        if self.executor in ("cpu", "cuda") and kind not in ("auto", self.executor):
+            raise ConfigError(
+                f"executor is {self.executor!r} and device {self.device!r}: leave one of them out"
+            )
         _check_choice("quantization", self.quantization, (*QUANTIZATIONS, *CUDA_QUANTIZATIONS[2:]))
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ConfigError(f"seed is {self.seed!r}; it must be an integer")

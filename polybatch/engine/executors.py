@@ -31,19 +31,20 @@ def settle(config: EngineConfig, spec: ModelSpec, adapter_bytes: int = 0) -> Res
 
     Raises ConfigError for a GPU that is not there, or too small for the model.
     """
-    if config.device == "auto" and config.executor in ("auto", "cuda"):
-        config = (
-            replace(config, device="cuda" if _has_cuda() else "cpu") if config.executor == "auto" else config
+    if config.device == "auto":
+        wants_cuda = config.executor == "cuda" or (config.executor == "auto" and _has_cuda())
+        config = replace(config, device="cuda" if wants_cuda else "cpu")
+    if config.device.startswith("cuda") and not _has_cuda():
+        raise ConfigError(
+            "device is 'cuda', but torch finds no GPU: use device='cpu', executor='cpu' or 'auto'"
         )
-    elif config.device.startswith("cuda") and not _has_cuda():
-        raise ConfigError(f"device is {config.device!r}, but torch finds no GPU: use device='cpu' or 'auto'")
     available = available_memory()
     if executor_name(config) == "cuda":
         from polybatch.execution.cuda_memory import pool_bytes
 
         max_len = min(config.max_model_len or spec.max_position, spec.max_position)
         available = pool_bytes(
-            spec, resolve_dtype(config), config.quantization, "cuda" if config.device == "auto" else config.device,
+            spec, resolve_dtype(config), config.quantization, config.device,
             max_num_tokens=prefill_tokens(config) + config.max_num_seqs, max_num_seqs=config.max_num_seqs,
             max_num_logits=CUDA_SCORED_TOKENS + config.max_num_seqs, max_model_len=max_len,
         )  # fmt: skip

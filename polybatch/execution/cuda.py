@@ -2,8 +2,8 @@
 
 A decode step replays the graph of the next larger number of rows; mixed steps are launched kernel by
 kernel. `launch` leaves the sampled tokens on the device, where the next step's embedding finds them, and
-copies them to pinned memory for whoever asks later. Everything is on one stream, in the order of the calls, but
-for adapter loads. After the constructor no step allocates device memory, except for adapters that change the
+copies them to pinned memory for whoever asks later. Everything is on one stream, in the order of the calls,
+but for adapter loads. After the constructor no step allocates device memory, except for adapters that change the
 vocabulary layers, whose tables are brought over when used, and for rows that the host samples.
 
 On `device="cpu"` the same code runs in Triton's interpreter, for tests.
@@ -191,7 +191,7 @@ class CudaExecutor:
         self._sampled_at = {state.seq: row for row, state in enumerate(states)}
         event = None
         if self._is_cuda:
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
         return CudaLaunch(host[:, :count], event)
 
@@ -285,7 +285,7 @@ class CudaExecutor:
         return {
             "executor": f"Triton kernels and cuBLAS on {name}",
             "linear": f"{self._quantization or self._dtype} weights, {self._dtype} activations",
-            "attention": f"{self._dtype} keys and values, pages of {PAGE_TOKENS} tokens, shared prefixes read once",
+            "attention": f"{self._dtype} keys and values, {PAGE_TOKENS} tokens a page, shared prefixes read once",
             "adapters": f"{self._dtype} rows gathered from pages, any rank",
             "graphs": graphs,
             "weights": f"{self._weights.num_bytes / 2**20:,.0f} MiB",

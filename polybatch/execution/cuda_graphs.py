@@ -45,7 +45,7 @@ class GraphLadder:
         self.sizes = ladder(max_rows)
         self._graphs: dict[tuple[int, Variant], torch.cuda.CUDAGraph] = {}
         pool = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream(device)
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         todo = [(size, variant) for size in reversed(self.sizes) for variant in Variant]
         for done, (size, variant) in enumerate(todo, 1):
             stream.wait_stream(torch.cuda.current_stream(device))

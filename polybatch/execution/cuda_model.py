@@ -34,7 +34,7 @@ class HeadLinear:
         if x.dtype is torch.float32:
             torch.mm(x, self._transposed, out=out)
         elif x.is_cuda:
-            torch.mm(x, self._transposed, out_dtype=torch.float32, out=out)  # type: ignore[call-overload]
+            torch.mm(x, self._transposed, out_dtype=torch.float32, out=out)
         else:
             torch.mm(x.float(), self._transposed.float(), out=out)
 

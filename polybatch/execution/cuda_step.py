@@ -98,8 +98,10 @@ class Layout:
 
 def token_fields(max_tokens: int, max_logits: int) -> dict[str, tuple[Shape, Any]]:
     """The arrays that `fill_tokens` writes: name -> (shape, dtype)."""
-    tokens = dict.fromkeys(("token_ids", "sources", "positions", "slots"), ((max_tokens,), np.int32))
-    return tokens | {"logit_rows": ((max_logits,), np.int32)}
+    fields: dict[str, tuple[Shape, Any]] = {"logit_rows": ((max_logits,), np.int32)}
+    for name in ("token_ids", "sources", "positions", "slots"):
+        fields[name] = ((max_tokens,), np.int32)
+    return fields
 
 
 def lay_out(plan: StepPlan, table: PageTable) -> Layout:

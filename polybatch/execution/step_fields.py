@@ -83,6 +83,6 @@ class StepFields:
         if not self._is_cuda:
             return
         self._device.copy_(self._hosts[self._turn], non_blocking=True)
-        event = self._sent[self._turn] or torch.cuda.Event()
+        event = self._sent[self._turn] or torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         self._sent[self._turn] = event
