@@ -103,7 +103,7 @@ KINDS: list[dict[str, Any]] = [
 
 @settings(max_examples=10, deadline=None)
 @given(
-    vocab=st.sampled_from([1, 2, 97, 128, 129, 300]),
+    vocab=st.sampled_from([2, 97, 128, 129, 300]),
     temperature=st.sampled_from([0.0, 0.3, 1.0, 2.5]),
     top_k=st.sampled_from([0, 1, 5, 100, 10**6]),
     top_p=st.sampled_from([1e-9, 0.4, 0.95, 1.0]),

@@ -80,7 +80,8 @@ def write_kv(
             HALF=triton.next_power_of_2(dim // 2), HEADS=HEADS,
             HAS_BIAS=bias is not None, HAS_NORM=q_norm is not None, num_warps=4,
         )  # fmt: skip
-    return qkv.unflatten(1, (num_rows, dim))[:, :heads]
+    heads_of_rows: torch.Tensor = qkv.unflatten(1, (num_rows, dim))
+    return heads_of_rows[:, :heads]
 
 
 @triton.jit
