@@ -35,7 +35,7 @@ def stub_core(options: EngineOptions) -> EngineCore:
         options.chosen_model(),
         options.adapters(),
         max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens or 2048,
+        max_num_batched_tokens=options.max_num_batched_tokens,
         max_model_len=options.max_model_len,
         enable_prefix_caching=options.enable_prefix_caching,
         seed=options.seed,

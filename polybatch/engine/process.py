@@ -285,7 +285,10 @@ def serve(link: Link) -> int:
 def main() -> None:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(sys.argv[1])
-        sys.exit(serve(Link(sock)))
+        status = serve(Link(sock))
+        logging.shutdown()
+        # Everything is closed; taking down the interpreter would only take time.
+        os._exit(status)
 
 
 if __name__ == "__main__":

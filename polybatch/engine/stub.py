@@ -25,6 +25,7 @@ from polybatch.scheduling.scheduler import Scheduler
 STUB_MODEL = "stub"
 STUB_POOL = PoolSpec(num_pages=32_768, page_size=16, page_bytes=128, num_layers=1)
 STUB_MODEL_LEN = 8_192
+STUB_BATCHED_TOKENS = 2_048
 
 
 def is_stub(model: str) -> bool:
@@ -40,7 +41,7 @@ def stub_core(
     adapters: Mapping[str, str] | None = None,
     *,
     max_num_seqs: int = 256,
-    max_num_batched_tokens: int = 2048,
+    max_num_batched_tokens: int | None = None,
     max_model_len: int | None = None,
     enable_prefix_caching: bool = True,
     policy: str = "fcfs",
@@ -49,7 +50,7 @@ def stub_core(
     """The real loop and scheduler over `FakeExecutor`. Raises ConfigError for unknown options."""
     step_s, num_pages = _options(model)
     config = SchedulerConfig(
-        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_batched_tokens=max_num_batched_tokens or STUB_BATCHED_TOKENS,
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len or STUB_MODEL_LEN,
         policy=policy,

@@ -1,4 +1,4 @@
-"""A real server over the stub engine: uvicorn in a thread of this process, the engine in a process of its own."""
+"""A real server over the stub engine: uvicorn in a thread of this process, the engine in its own process."""
 
 from __future__ import annotations
 
