@@ -259,13 +259,16 @@ def _write(flat: torch.Tensor, starts: Int64s, values: torch.Tensor) -> None:
     """Write rows to their starts, those a fixed stride apart in one copy."""
     if not values.numel():
         return
+    width = values.shape[1]
     strides = np.diff(starts)
-    edges = [0, *(np.flatnonzero(np.diff(strides)) + 2).tolist(), len(starts)]
-    for low, high in itertools.pairwise(edges):
+    # A run ends where its stride changes, and before a row that fills the tail of an earlier page.
+    ends = set((np.flatnonzero(np.diff(strides)) + 2).tolist()) | set(
+        (np.flatnonzero(strides < 0) + 1).tolist()
+    )
+    for low, high in itertools.pairwise([0, *sorted(ends), len(starts)]):
         if low < high:
-            stride = int(strides[low]) if high - low > 1 else values.shape[1]
-            held = flat.as_strided((high - low, values.shape[1]), (stride, 1), int(starts[low]))
-            held.copy_(values[low:high])
+            stride = int(strides[low]) if high - low > 1 else width
+            flat.as_strided((high - low, width), (stride, 1), int(starts[low])).copy_(values[low:high])
 
 
 __all__ = ["WORDS_PER_PAGE", "CudaAdapters"]

@@ -175,3 +175,16 @@ def test_a_forgotten_adapter_leaves_its_index_to_another():
     assert adapters.index_of(first.digest) is None
     adapters.load(dataclasses.replace(second), pages)
     assert adapters.index_of(second.digest) == index
+
+
+@given(st.data())
+@settings(max_examples=50, deadline=None)
+def test_rows_are_written_wherever_they_lie(data: st.DataObject) -> None:
+    width = data.draw(st.integers(1, 5))
+    slots = data.draw(st.lists(st.integers(0, 40), unique=True, min_size=1, max_size=12))
+    values = torch.arange(len(slots) * width, dtype=torch.float32).view(-1, width) + 1
+    flat = torch.zeros(41 * width)
+    cuda_adapters._write(flat, np.array(slots, np.int64) * width, values)
+    expected = torch.zeros(41, width)
+    expected[slots] = values
+    assert torch.equal(flat.view(41, width), expected)
