@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from polybatch.adapters import patterns
 from polybatch.errors import AdapterError
 
+_MODULE_NAME = re.compile(r"\w+(\.\w+)*")
 MAX_CONFIG_BYTES = 4 << 20
 MAX_RANK = 1 << 16
 MAX_LAYERS = 1 << 16
@@ -82,12 +84,12 @@ class LoraConfig:
 
     def saves(self, key: str) -> bool:
         """Whether `modules_to_save` names this module; such modules are never given a pair."""
-        return any(re.match(rf"(^|.*\.){name}($|\..*)", key) for name in self.modules_to_save)
+        return any(f".{name}." in f".{key}." for name in self.modules_to_save)
 
     def targets(self, key: str) -> bool:
         """Whether peft would give this module a pair."""
         if isinstance(self.exclude_modules, str):
-            if self.exclude_modules and re.fullmatch(self.exclude_modules, key):
+            if self.exclude_modules and patterns.reaches_end(self.exclude_modules, key):
                 return False
         elif _names(self.exclude_modules, key):
             return False
@@ -96,7 +98,7 @@ class LoraConfig:
         if isinstance(self.target_modules, str):
             if self.target_modules.lower() == "all-linear":
                 return key not in ("lm_head", "model.embed_tokens")
-            return re.fullmatch(self.target_modules, key) is not None
+            return patterns.reaches_end(self.target_modules, key)
         if key in self.target_modules:
             return True
         return _names(self.target_modules, key) and self._is_layer_transformed(key)
@@ -104,8 +106,8 @@ class LoraConfig:
     def _is_layer_transformed(self, key: str) -> bool:
         if not self.layers_to_transform:
             return True
-        patterns = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in self.layers_pattern]
-        for pattern in patterns or [r".*?\.[^.]*\.(?P<idx>\d+)\."]:
+        named = [rf"(?:^|.*?\.){re.escape(p)}\.(?P<idx>\d+)\." for p in self.layers_pattern]
+        for pattern in named or [r".*?\.[^.]*\.(?P<idx>\d+)\."]:
             if match := re.match(pattern, key):
                 return int(match["idx"]) in self.layers_to_transform
         return False
@@ -228,26 +230,28 @@ def _parse(raw: dict[str, Any], path: Path) -> LoraConfig:
 
 
 def _check_patterns(config: LoraConfig, path: Path) -> None:
-    patterns = [("rank_pattern", p) for p in config.rank_pattern]
-    patterns += [("alpha_pattern", p) for p in config.alpha_pattern]
-    patterns += [("layers_pattern", p) for p in config.layers_pattern]
-    patterns += [("modules_to_save", p) for p in config.modules_to_save]
+    found = [("rank_pattern", f"(.*\\.)?({p})") for p in config.rank_pattern]
+    found += [("alpha_pattern", f"(.*\\.)?({p})") for p in config.alpha_pattern]
     for name in ("target_modules", "exclude_modules"):
         if isinstance(value := getattr(config, name), str):
-            patterns.append((name, value))
-    for name, pattern in patterns:
+            found.append((name, value))
+    for name, pattern in found:
         try:
-            re.compile(pattern)
-        except re.error as error:
+            patterns.check(pattern)
+        except patterns.PatternError as error:
             raise AdapterError(
-                f"{path}: {name} has {pattern!r}, not a regular expression: {error}"
+                f"{path}: {name} has {_short(pattern)}: {error}; list the modules by name instead"
             ) from error
+    for name in ("layers_pattern", "modules_to_save"):
+        for value in getattr(config, name):
+            if not _MODULE_NAME.fullmatch(value):
+                raise AdapterError(f"{path}: {name} has {_short(value)}; it must be a module's name")
 
 
-def _by_pattern(patterns: dict[str, Any], key: str, default: Any) -> Any:
+def _by_pattern(values: dict[str, Any], key: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of the key on a dot boundary."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", key):
+    for pattern, value in values.items():
+        if patterns.reaches_end(rf"(.*\.)?({pattern})", key):
             return value
     return default
 

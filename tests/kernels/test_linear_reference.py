@@ -73,6 +73,11 @@ def test_activations_round_half_to_even_per_token_and_group(shape, power, missin
     assert halves[:, :4].tolist() == [[127, 0, 2, -2]]
 
 
+def test_no_rows_round_to_no_rows():
+    values, scales = quantize_activations(torch.empty(0, 40))
+    assert (values.shape, scales.shape) == ((0, 64), (0, 2))
+
+
 def unround(values, scales):
     """The activations that the integers stand for, [T, padded in] float64."""
     return (values.double().unflatten(1, (-1, 32)) * scales.double()[..., None]).flatten(1)

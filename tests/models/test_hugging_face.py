@@ -15,6 +15,7 @@ from polybatch.models import hugging_face
 from polybatch.models.checkpoint import CheckpointWeights, layer_shapes
 from polybatch.models.family import LAYER_TENSORS
 from polybatch.models.hugging_face import INDEX, SINGLE, open_directory
+from polybatch.models.loader import load_model
 
 
 def assert_same(weights: CheckpointWeights, model: PreTrainedModel) -> None:
@@ -169,3 +170,45 @@ def test_an_offline_hub_name_says_the_way_out(tmp_path: Path, monkeypatch: pytes
         hugging_face.fetch("owner/some-model", None)
     with pytest.raises(ModelError, match="neither a path nor a hub name"):
         hugging_face.fetch("owner/some model/x", None)
+
+
+def test_a_hub_name_is_fetched_without_code_or_pickles_and_then_opened(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's client is replaced: what it would be asked for is what must hold."""
+    import fnmatch
+
+    import huggingface_hub
+
+    asked: list[tuple[str, str | None]] = []
+
+    def snapshot_download(
+        name: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]
+    ) -> str:
+        def is_wanted(file: str) -> bool:
+            allowed = any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns)
+            return allowed and not any(fnmatch.fnmatch(file, pattern) for pattern in ignore_patterns)
+
+        assert all(map(is_wanted, ("config.json", SINGLE, INDEX, "tokenizer.json", "generation_config.json")))
+        assert not any(map(is_wanted, ("pytorch_model.bin", "modeling_x.py", "model.pkl", "model.pt")))
+        asked.append((name, revision))
+        return str(checkpoint)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    told: list[str] = []
+    loaded = load_model("owner/some-model", revision="v1", progress=told.append)
+    assert asked == [("owner/some-model", "v1")]
+    assert loaded.path == checkpoint
+    assert loaded.fingerprint == load_model(str(checkpoint)).fingerprint
+    assert "owner/some-model" in told[0]
+
+
+def test_a_hub_that_answers_with_an_error_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def snapshot_download(name: str, **options: object) -> str:
+        raise OSError("503 Service Unavailable")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(ModelError, match=r"owner/some-model.*503"):
+        hugging_face.fetch("owner/some-model", None)
