@@ -22,14 +22,16 @@ from polybatch.errors import ConfigError, EngineError
 from polybatch.execution.cuda_adapters import CudaAdapters
 from polybatch.execution.cuda_graphs import GraphLadder, Variant
 from polybatch.execution.cuda_model import DeviceWeights, Workspace, run_layers
-from polybatch.execution.cuda_stage import Filled, Shared, Stage, StageOperations
-from polybatch.execution.cuda_step import PageTable, lay_out
+from polybatch.execution.cuda_stage import Filled, Rescale, Shared, Stage, StageOperations
+from polybatch.execution.cuda_step import Array, Int64s, PageTable, lay_out
 from polybatch.execution.page_memory import TORCH_DTYPES, PageMemory, page_bytes
+from polybatch.execution.ranks import ALONE, MIN_PART_COLUMNS, Ranks
+from polybatch.execution.sharding import row_spec
 from polybatch.execution.vocabulary import patch_logits
 from polybatch.kernels import sample
 from polybatch.kernels.linear.cuda import LinearWorkspace, pack
 from polybatch.kernels.lora.cuda import CudaLora
-from polybatch.kernels.lora.work import GRAPH_PLAN, group_shapes
+from polybatch.kernels.lora.work import GRAPH_PLAN, LoraPlan, group_shapes
 from polybatch.kernels.ragged_attention.cuda import choose_tiles
 from polybatch.kernels.ragged_attention.work import Heads
 from polybatch.kernels.sample.cuda import DeviceSampler, SampleParams
@@ -60,6 +62,7 @@ class CudaExecutor:
     max_num_tokens, max_num_seqs: of a step; max_num_logits: rows of logits, max_num_seqs by default, more
         where prompts are scored. max_model_len: tokens of a sequence.
     graphs: capture decode steps. progress: told what start-up does, how much of it is done, of how much.
+    ranks: the GPUs of which this is one, where the weights are only its part; see `parallel`.
     Raises ConfigError for a setting that cannot work.
     """
 
@@ -81,6 +84,7 @@ class CudaExecutor:
         device: str = "cuda",
         graphs: bool = True,
         threads: int | None = None,
+        ranks: Ranks = ALONE,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
         if dtype not in DTYPES:
@@ -96,23 +100,27 @@ class CudaExecutor:
         self._is_cuda = where.type == "cuda"
         self._limits = (max_num_tokens, max_num_seqs, max_model_len)
         self._max_logits = max(max_num_seqs, max_num_logits or 0)
-        self._pool = PoolSpec(num_pages, page_size, page_bytes(spec, page_size, dtype), spec.num_layers)
+        self._ranks = ranks
+        rows = row_spec(spec, ranks.size)
+        self._pool = PoolSpec(num_pages, page_size, page_bytes(rows, page_size, dtype), spec.num_layers)
         linear_space = LinearWorkspace(where, kind, max_num_tokens)
         self._weights = DeviceWeights(
             weights, kind, where, lambda weight: pack(weight, quantization, linear_space),
             lambda done, total: report("weights", done, total),
         )  # fmt: skip
         self.memory = PageMemory(spec, self._pool, dtype, device)
-        self._space = Workspace(spec, max_num_tokens, self._max_logits, kind, where)
+        # Logits are where the sampler is.
+        own_logits = self._max_logits if ranks.rank == 0 else 0
+        self._space = Workspace(spec, max_num_tokens, own_logits, kind, where)
         self._table = PageTable(max_num_seqs, -(-max_model_len // page_size) + 1, where)
-        self._adapters = CudaAdapters(spec, self.memory.arena, kind)
+        self._adapters = self._make_adapters(rows, kind)
         num_sms = (
             torch.cuda.get_device_properties(where).multi_processor_count
             if self._is_cuda
             else INTERPRETED_SMS
         )
         heads = Heads(spec.num_heads, spec.num_kv_heads, spec.head_dim)
-        shapes = group_shapes(spec.linear_shapes)
+        shapes = group_shapes(rows.linear_shapes, MIN_PART_COLUMNS if ranks.size > 1 else 0)
         lora = CudaLora(shapes, kind, where, MAX_H, num_programs=None if self._is_cuda else INTERPRETED_SMS)
         inv_freq, rope_scaling = rope_frequencies(spec.rope, spec.head_dim, spec.max_position)
         layers = range(spec.num_layers)
@@ -124,12 +132,12 @@ class CudaExecutor:
             pages=[self.memory.rows(i).view(num_pages, self._pool.page_bytes // itemsize) for i in layers],
             kv=[self.memory.kv(i) for i in layers],
             adapters=self._adapters, lora=lora, max_h=MAX_H,
-            sampled=torch.zeros(max_num_seqs, dtype=torch.int32, device=where),
+            sampled=torch.zeros(max_num_seqs, dtype=torch.int32, device=where), ranks=ranks,
         )  # fmt: skip
         self._shared = shared
         self._mixed = Stage(shared, max_num_tokens, max_num_seqs, self._max_logits, wide=True)
         self._decode = Stage(shared, max_num_seqs, max_num_seqs, max_num_seqs, wide=False)
-        self._sampler = DeviceSampler(max_num_seqs, spec.vocab_size, where)
+        self._sampler = DeviceSampler(max_num_seqs if own_logits else 0, spec.vocab_size, where)
         self._finite = torch.zeros(max_num_seqs, dtype=torch.int32, device=where)
         self._ring = [
             torch.zeros(2, max_num_seqs, dtype=torch.int32, pin_memory=self._is_cuda) for _ in range(RING)
@@ -218,14 +226,19 @@ class CudaExecutor:
             size = self._graphs.size_for(num_rows)
         filled = stage.fill(layout, plan.resident, self._sampled_at, size or num_rows)
         filled.hosts = [_with_vocabulary(adapters.get(digest)) for digest in layout.digests]
+        filled.rescale = self._rescale(layout.digests, layout.segments.tolist())
+        if size is not None and not self._fits_graph(filled, size):
+            size = None
         if states is not None:
             positions = [len(state.seq.tokens) for state in states]
             self._may_truncate = sample.fill(stage.fields.host, states, positions, self._spec.vocab_size)
+        changes = self._table.changes()
+        self._announce(stage, filled, size, *changes)
         stage.fields.send()
-        self._send_pages()
+        self._send_pages(*changes)
         if self._is_cuda:
             self._adapters.wait(layout.digests)
-        if size is not None and self._graphs is not None and _fits_graph(filled):
+        if size is not None and self._graphs is not None:
             self._graphs.replay(size, _variant(filled))
             return stage, self._space.logits[: len(layout.logit_rows)]
         return stage, self._run_eager(stage, filled)
@@ -235,7 +248,7 @@ class CudaExecutor:
         layout = filled.layout
         operations = StageOperations(
             stage, filled.num_rows, lora=filled.lora, works=filled.attention,
-            patched=filled if filled.changes_vocabulary else None,
+            patched=filled if filled.changes_vocabulary else None, rescale=filled.rescale,
         )  # fmt: skip
         rows = stage.fields.on["logit_rows"][: len(layout.logit_rows)]
         logits = run_layers(self._weights, self._space, operations, rows, filled.num_rows)
@@ -246,17 +259,43 @@ class CudaExecutor:
 
     def _run_rows(self, num_rows: int, variant: Variant) -> None:
         """What a graph captures: the layers over the first rows of the decode stage's arrays."""
-        stage = self._decode
+        stage, ranks = self._decode, self._ranks
+        plan = LoraPlan(num_h=(ranks.h_capacity(num_rows, MAX_H),))
         operations = StageOperations(
-            stage, num_rows, lora=None if variant is Variant.PLAIN else GRAPH_PLAN,
+            stage, num_rows, lora=None if variant is Variant.PLAIN else plan,
             limits=stage.limits_for(num_rows, num_rows), has_wide=variant is Variant.SHARED,
         )  # fmt: skip
-        rows = stage.fields.on["logit_rows"][:num_rows]
+        rows = stage.fields.on["logit_rows"][: num_rows if ranks.rank == 0 else 0]
         run_layers(self._weights, self._space, operations, rows, num_rows)
 
-    def _send_pages(self) -> None:
+    def _fits_graph(self, filled: Filled, size: int) -> bool:
+        """Whether a graph of this size launches all that the step needs."""
+        if filled.changes_vocabulary or filled.rescale is not None:
+            return False
+        if filled.lora is None or self._ranks.size == 1:
+            return filled.lora is None or filled.lora == GRAPH_PLAN
+        return filled.lora == GRAPH_PLAN and filled.lora.num_h[0] <= self._ranks.h_capacity(size, MAX_H)
+
+    # What differs where several GPUs run a step together; see `parallel`.
+
+    def _make_adapters(self, rows: ModelSpec, dtype: torch.dtype) -> CudaAdapters:
+        """Adapters of the pool. rows: a spec whose `linear_shapes` are those of adapter rows."""
+        return CudaAdapters(rows, self.memory.arena, dtype)
+
+    def _rescale(self, digests: SequenceOf[str], segments: SequenceOf[SequenceOf[int]]) -> Rescale | None:
+        """What these adapters do to sums over ranks, None for nothing."""
+        return None
+
+    def _announce(
+        self, stage: Stage, filled: Filled, size: int | None, indices: Int64s, values: Array
+    ) -> None:
+        """A step is laid out in the stage's host arrays; nothing of it has been sent.
+
+        size: of the graph to replay. indices, values: what is new in the page table.
+        """
+
+    def _send_pages(self, indices: Int64s, values: Array) -> None:
         """Tell the device's page table what is new."""
-        indices, values = self._table.changes()
         if len(indices):
             at, held = torch.from_numpy(indices), torch.from_numpy(values)
             if self._is_cuda:
@@ -316,13 +355,6 @@ def _with_vocabulary(weights: AdapterWeights | None) -> AdapterWeights | None:
     if weights is None or (weights.embedding is None and weights.lm_head is None):
         return None
     return weights
-
-
-def _fits_graph(filled: Filled) -> bool:
-    """Whether a graph launches all that the step needs."""
-    if filled.changes_vocabulary:
-        return False
-    return filled.lora is None or filled.lora == GRAPH_PLAN
 
 
 def _variant(filled: Filled) -> Variant:

@@ -7,7 +7,7 @@ prefill budget.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
@@ -17,6 +17,7 @@ from polybatch.config import ModelSpec
 from polybatch.execution.cuda_adapters import CudaAdapters
 from polybatch.execution.cuda_model import FUSED, DeviceWeights
 from polybatch.execution.cuda_step import Layout, PageTable, fill_tokens, token_fields
+from polybatch.execution.ranks import COLUMN_PARALLEL, Ranks
 from polybatch.execution.step_fields import StepFields
 from polybatch.execution.vocabulary import Hosts, patch_embeddings
 from polybatch.kernels import sample
@@ -34,6 +35,9 @@ GROUP_OF = {name: index for index, name in enumerate(FUSED)}
 
 MIN_SHARED_TOKENS, MIN_SHARERS = 128, 3
 """A prefix so long, read by so many sequences of a step, is read once for all of them."""
+
+Rescale = Callable[[int, str, torch.Tensor], None]
+"""Layer, fused product, its sum over ranks, changed in place: what adapters do to sums over ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,7 @@ class Shared:
     max_h: int
     sampled: torch.Tensor
     """[max_seqs] int32, tokens of the launch before."""
+    ranks: Ranks
 
 
 @dataclass(slots=True)
@@ -73,6 +78,7 @@ class Filled:
     attention: dict[int | None, Work] = field(default_factory=dict)
     lora: lora_work.LoraPlan | None = None
     hosts: Hosts = ()
+    rescale: Rescale | None = None
 
     @property
     def has_wide(self) -> bool:
@@ -105,7 +111,6 @@ class Stage:
             fields |= {_named(name, window): value for name, value in arrays.items()}
         self.fields = StepFields(fields, shared.device)
         self.scratch = make_scratch(shared.heads, self.limits, shared.device)
-        self._shapes = lora_work.group_shapes(spec.linear_shapes)
 
     def limits_for(self, max_tokens: int, max_seqs: int) -> attention_work.Limits:
         """Attention's limits for steps up to this size."""
@@ -144,7 +149,7 @@ class Stage:
             segments[:, 2] = indices[segments[:, 2]]
             templates = shared.adapters.templates
             filled.lora = lora_work.fill(
-                views, segments, templates, self._shapes, shared.max_h, wide=self._wide
+                views, segments, templates, shared.lora.shapes, shared.max_h, wide=self._wide
             )
         else:
             views["lora_bounds"][:1] = 0
@@ -186,6 +191,7 @@ class StageOperations:
         scratch: Scratch | None = None,
         has_wide: bool = True,
         patched: Filled | None = None,
+        rescale: Rescale | None = None,
     ) -> None:
         self._stage, self._shared = stage, stage.shared
         self._num_rows = num_rows
@@ -195,6 +201,8 @@ class StageOperations:
         self._scratch = scratch or stage.scratch
         self._has_wide = has_wide
         self._patched = patched
+        self._rescale = rescale
+        self._exchange = None if self._shared.ranks.size == 1 else self._shared.ranks.reduce
         on = stage.fields.on
         self._positions, self._slots = on["positions"][:num_rows], on["slots"][:num_rows]
         self._attention = {
@@ -204,11 +212,15 @@ class StageOperations:
 
     def embed(self, out: torch.Tensor) -> None:
         on, shared = self._stage.fields.on, self._shared
+        if shared.ranks.rank:
+            shared.ranks.broadcast(out)
+            return
         ids, sources = on["token_ids"][: self._num_rows], on["sources"][: self._num_rows]
         embedding(ids, sources, shared.sampled, shared.weights.embedding, out=out)
         if self._patched is not None:
             known = torch.where(sources >= 0, shared.sampled[sources.clamp(min=0).long()], ids)
             patch_embeddings(out, known.long(), self._patched.layout.segments.tolist(), self._patched.hosts)
+        shared.ranks.broadcast(out)
 
     def attend(self, layer: int, qkv: torch.Tensor, out: torch.Tensor) -> None:
         shared, spec = self._shared, self._shared.spec
@@ -228,12 +240,19 @@ class StageOperations:
         )  # fmt: skip
 
     def product(self, layer: int, name: str, x: torch.Tensor, out: torch.Tensor) -> None:
-        shared = self._shared
+        shared, ranks = self._shared, self._shared.ranks
         shared.weights.layers[layer].products[name].forward(x, out)
         if self._lora is not None:
             rows = shared.pages[layer].reshape(-1)
             words, arrays = shared.adapters.words, self._stage.fields.on
-            shared.lora(GROUP_OF[name], layer, x, out, rows, words, arrays, self._lora)
+            own_x, own_out = ranks.adapter_columns(name, x, out)
+            shared.lora(
+                GROUP_OF[name], layer, own_x, own_out, rows, words, arrays, self._lora, self._exchange
+            )
+        if ranks.size > 1 and name not in COLUMN_PARALLEL:
+            ranks.reduce(out)
+            if self._rescale is not None:
+                self._rescale(layer, name, out)
 
 
 def _named(name: str, window: int | None) -> str:

@@ -66,6 +66,12 @@ class StepFields:
         self._turn = 0
 
     @property
+    def raw(self) -> Array:
+        """The bytes under `host`, all arrays together; laid out alike wherever the fields are the same."""
+        whole: Array = self._hosts[self._turn].numpy()
+        return whole
+
+    @property
     def host(self) -> dict[str, Array]:
         """The arrays to fill for the next `send`; they hold what an earlier step left."""
         return self._views[self._turn]

@@ -13,7 +13,7 @@ Sources: Punica (Chen et al. 2023) for shrink and expand; Flash-Decoding's split
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -304,10 +304,16 @@ class CudaLora:
         words: torch.Tensor,
         arrays: Mapping[str, torch.Tensor],
         plan: LoraPlan,
+        exchange: Callable[[torch.Tensor], None] | None = None,
     ) -> None:
-        """All rounds of one group, one after the other on the current stream."""
+        """All rounds of one group, one after the other on the current stream.
+
+        exchange: what happens to a round's h, [num_h] float32, between shrink and expand.
+        """
         for round_ in range(len(plan.rounds)):
             self.shrink(group, layer, x, memory, words, arrays, plan, round_)
+            if exchange is not None:
+                exchange(self.h[: plan.num_h[round_]])
             self.expand(group, layer, y, memory, words, arrays, plan, round_)
 
     def _options(self, tuning: Tuning) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -56,16 +56,20 @@ BOUND_FIELDS = 4
 
 @dataclass(frozen=True, slots=True)
 class GroupShape:
-    """Linear layers that share an input. outs: rows of y per module, side by side in the fused output."""
+    """Linear layers that share an input. outs: rows of y per module, side by side in the fused output.
+
+    min_part_columns: of a part of h; fewer parts are less to exchange where several GPUs sum h.
+    """
 
     modules: tuple[str, ...]
     num_in: int
     outs: tuple[int, ...]
+    min_part_columns: int = 0
 
     @property
     def part_columns(self) -> int:
         """Input columns that one narrow shrink program reads."""
-        return 512 if self.num_in <= 8192 else 1024
+        return max(512 if self.num_in <= 8192 else 1024, self.min_part_columns)
 
     @property
     def narrow_parts(self) -> int:
@@ -74,10 +78,14 @@ class GroupShape:
         return -(-self.num_in // self.part_columns)
 
 
-def group_shapes(shapes: Mapping[str, tuple[int, int]]) -> tuple[GroupShape, ...]:
+def group_shapes(
+    shapes: Mapping[str, tuple[int, int]], min_part_columns: int = 0
+) -> tuple[GroupShape, ...]:
     """Groups of a decoder layer. shapes: module -> (out, in), as `ModelSpec.linear_shapes`."""
     return tuple(
-        GroupShape(modules, shapes[modules[0]][1], tuple(shapes[module][0] for module in modules))
+        GroupShape(
+            modules, shapes[modules[0]][1], tuple(shapes[module][0] for module in modules), min_part_columns
+        )
         for modules in GROUPS
     )
 
@@ -97,10 +105,14 @@ class LoraLimits:
 
 @dataclass(frozen=True, slots=True)
 class LoraPlan:
-    """What to launch: per round, whether it has narrow and wide tiles; parts of h in wide tiles."""
+    """What to launch: per round, whether it has narrow and wide tiles; parts of h in wide tiles.
+
+    num_h: elements of h in each round; how much there is to exchange, no matter to the launches.
+    """
 
     rounds: tuple[tuple[bool, bool], ...] = ((True, False),)
     wide_parts: int = 1
+    num_h: tuple[int, ...] = field(default=(0,), compare=False)
 
 
 # What a CUDA graph launches, whatever the step: narrow tiles in one round.
@@ -165,7 +177,8 @@ def fill(
         )
     first = segments[owner, 0] + _within(counts) * tile_tokens[owner]
     num_tokens = np.minimum(tile_tokens[owner], segments[owner, 1] - first)
-    edges, h_start = _rounds(num_tokens * h_per_token[owner], max_h)
+    h_sizes = num_tokens * h_per_token[owner]
+    edges, h_start = _rounds(h_sizes, max_h)
     tiles = views["lora_tiles"][:, :num_tiles]
     tiles[:] = template[owner].transpose(1, 0, 2)
     tiles[:, :, FIRST], tiles[:, :, NUM_TOKENS], tiles[:, :, H_START] = first, num_tokens, h_start
@@ -187,7 +200,8 @@ def fill(
     rounds = tuple(
         (bool(low < num_narrow), bool(high > num_narrow)) for low, high in itertools.pairwise(edges)
     )
-    return LoraPlan(rounds, wide_parts) if num_tiles else GRAPH_PLAN
+    num_h = tuple(int(h_sizes[low:high].sum()) for low, high in itertools.pairwise(edges))
+    return LoraPlan(rounds, wide_parts, num_h) if num_tiles else GRAPH_PLAN
 
 
 def _wide_parts(lengths: Int64Array, ranks: Int64Array, max_h: int) -> int:

@@ -1,0 +1,98 @@
+"""Several GPUs as one: which part of every weight a rank holds, and what ranks tell each other.
+
+Megatron's split (Shoeybi et al. 2019): q, k, v, gate and up by their outputs (whole heads), o and down by
+their inputs, whose partial sums are added up once per block. Adapters follow S-LoRA (Sheng et al. 2023,
+section 6) in that only rank-wide values are exchanged and nothing is stored twice: every row of A is cut by
+its inputs and every row of B by its outputs, so that a rank adds up h = A x over all ranks and writes the
+columns of y that are its own. Embedding and vocabulary head lie on rank 0 alone, beside the sampler:
+the others get the embedded rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+COLUMN_PARALLEL = ("qkv", "gate_up")
+"""Fused products whose outputs are split; their inputs are whole on every rank."""
+
+H_PER_ROW = 256
+"""Elements of h for which a captured step has room per row: all seven modules at rank 64."""
+
+MIN_H = 8192
+
+MIN_PART_COLUMNS = 2048
+"""Of a part of h, where parts travel between ranks."""
+
+
+class Ranks:
+    """A rank alone: nothing is split, nothing exchanged. `RankGroup` is the one of several."""
+
+    rank = 0
+    size = 1
+
+    def reduce(self, x: torch.Tensor) -> None:
+        """Add up x over all ranks, in place and in the order of the current stream. x: contiguous."""
+
+    def broadcast(self, x: torch.Tensor) -> None:
+        """Give every rank the x of rank 0."""
+
+    def columns(self, width: int) -> slice:
+        """This rank's share of a whole axis."""
+        share = width // self.size
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    def adapter_columns(
+        self, product: str, x: torch.Tensor, out: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What this rank's part of adapters reads and writes of a fused product's input and output."""
+        if self.size == 1:
+            return x, out
+        if product in COLUMN_PARALLEL:
+            return x[:, self.columns(x.shape[1])], out
+        return x, out[:, self.columns(out.shape[1])]
+
+    @staticmethod
+    def h_capacity(num_rows: int, max_h: int) -> int:
+        """Elements of h that a captured step of so many rows exchanges."""
+        return min(max(num_rows * H_PER_ROW, MIN_H), max_h)
+
+
+ALONE = Ranks()
+
+
+class RankGroup(Ranks):
+    """One of several ranks. group: a process group's backend, NCCL for GPUs or gloo for processes.
+
+    What it does may be captured in a CUDA graph once each size of tensor was exchanged before.
+    """
+
+    def __init__(self, group: Any, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+        self._group = group
+        self._sum = dist.AllreduceOptions()
+        self._from_first = dist.BroadcastOptions()
+        self._from_first.rootRank = 0
+        # On the caller's stream, without a detour over one of the library's.
+        self._sum.asyncOp = self._from_first.asyncOp = False
+
+    def reduce(self, x: torch.Tensor) -> None:
+        if x.numel():
+            _finish(self._group.allreduce([x], self._sum))
+
+    def broadcast(self, x: torch.Tensor) -> None:
+        if x.numel():
+            _finish(self._group.broadcast([x], self._from_first))
+
+    def abort(self) -> None:
+        """Let whatever waits for other ranks fail."""
+        if hasattr(self._group, "abort"):
+            self._group.abort()
+
+
+def _finish(work: Any) -> None:
+    """Backends that work on the current stream return nothing to wait for."""
+    if work is not None:
+        work.wait()
