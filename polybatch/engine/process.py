@@ -153,7 +153,8 @@ class EngineLoop:
     def _call(self, call_id: int, act: Callable[[], AdapterRef]) -> None:
         try:
             self._send(ms.Reply(call_id, adapter=act()))
-        except (PolybatchError, OSError) as error:
+        except (PolybatchError, OSError, MemoryError, ValueError, RuntimeError) as error:
+            # A folder that cannot be read harms nobody else.
             self._send(ms.Reply(call_id, fault=ms.fault_of(error)))
 
     def _step(self) -> None:

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from polybatch.adapters.weights import AdapterWeights
-from polybatch.config import ModelSpec, PoolSpec, SchedulerConfig
+from polybatch.config import PoolSpec, SchedulerConfig
 from polybatch.engine.core import EngineCore
 from polybatch.errors import AdapterError, ConfigError, RequestError
-from polybatch.execution.fake import ByteTokenizer, FakeExecutor, fake_spec
+from polybatch.execution.fake import ByteTokenizer, FakeExecutor
 from polybatch.request import AdapterRef
 from polybatch.scheduling.plan import StepPlan
 from polybatch.scheduling.scheduler import Scheduler
@@ -30,10 +30,6 @@ STUB_BATCHED_TOKENS = 2_048
 
 def is_stub(model: str) -> bool:
     return model == STUB_MODEL or model.startswith(f"{STUB_MODEL}:")
-
-
-def stub_spec() -> ModelSpec:
-    return fake_spec()
 
 
 def stub_core(

@@ -84,7 +84,7 @@ def install_handlers(app: FastAPI) -> None:
 
     async def known(request: Request, error: Exception) -> Response:
         found = as_http(error)
-        if found.status >= 500:
+        if found.status == 500:
             logger.error("%s %s: %s", request.method, request.url.path, error)
         return error_response(found)
 

@@ -29,12 +29,12 @@ def test_help_imports_no_torch() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    for command in ("batch", "chat", "info", "bench", "selfcheck"):
+    for command in ("batch", "chat", "serve", "info", "bench", "selfcheck"):
         assert command in result.stdout
 
 
 def test_every_command_explains_its_flags(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("batch", "chat", "info", "bench", "selfcheck"):
+    for command in ("batch", "chat", "serve", "info", "bench", "selfcheck"):
         assert run(command, "--help") == 0
         assert "--max-model-len" in capsys.readouterr().out
 

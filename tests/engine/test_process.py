@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import os
+import queue
 import signal
 import stat
 import tempfile
-from collections.abc import Coroutine, Iterator
+import threading
+from collections.abc import Coroutine, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+import torch
 from engine_helpers import make_core, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polybatch.adapters.weights import AdapterWeights
 from polybatch.engine import messages as ms
 from polybatch.engine.async_llm import AsyncLLM, EngineDownError, EngineState
 from polybatch.engine.connection import Watch
 from polybatch.engine.deltas import DeltaCutter, OutputCollector
+from polybatch.engine.process import EngineLoop, LoadedEngine
 from polybatch.engine.stub import stub_core
 from polybatch.errors import AdapterError, ConfigError, EngineError, RequestError
+from polybatch.execution.fake import FakeExecutor
 from polybatch.request import AdapterRef, FinishReason, Request, RequestOutput, SamplingParams
+from polybatch.scheduling.plan import StepPlan
 
 FAST = Watch(heartbeat_s=0.05, silence_s=1.0, stall_s=30.0, backoff_s=0.02, stop_s=5.0)
 LONG = SamplingParams(max_tokens=400, ignore_eos=True)
@@ -124,6 +131,113 @@ def test_deltas_put_together_are_the_output(
     assert last is not None
     assert collector.output() == last
     assert num_texts == sum(len(completion.text) for completion in last.outputs)
+
+
+class FailingExecutor(FakeExecutor):
+    """Its steps fail as long as it is told to."""
+
+    is_failing = True
+
+    def forward(self, plan: StepPlan, adapters: Mapping[str, AdapterWeights]) -> torch.Tensor:
+        if self.is_failing:
+            raise RuntimeError("out of luck")
+        return super().forward(plan, adapters)
+
+
+class LoopByHand:
+    """An `EngineLoop` in a thread, messages in and out as a queue and a list."""
+
+    def __init__(self, executor: FakeExecutor | None = None) -> None:
+        self.core = make_core(executor=executor, adapters=["red"])
+        self.inbox: queue.SimpleQueue[ms.ToEngine] = queue.SimpleQueue()
+        self.sent: queue.SimpleQueue[ms.ToFront] = queue.SimpleQueue()
+        store: Any = self.core.store
+        loop = EngineLoop(LoadedEngine(self.core, store, {}), self.inbox, self._send)
+        self.failed: list[EngineError] = []
+        self._thread = threading.Thread(target=self._run, args=(loop,), daemon=True)
+        self._thread.start()
+
+    def _send(self, message: ms.ToFront) -> None:
+        ms.encode(message)
+        self.sent.put(message)
+
+    def _run(self, loop: EngineLoop) -> None:
+        try:
+            loop.run()
+        except EngineError as error:
+            self.failed.append(error)
+
+    def submit(self, request_id: str, **params: Any) -> None:
+        request = self.core.door.prepare(request_id, "x", SamplingParams(**params))
+        self.inbox.put(ms.Submit(request, False))
+
+    def next_delta(self) -> ms.RequestDelta:
+        message = self.sent.get(timeout=20)
+        assert isinstance(message, ms.Outputs)
+        assert len(message.deltas) == 1
+        return message.deltas[0]
+
+    def end(self) -> None:
+        self.inbox.put(ms.Shutdown())
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+
+
+def test_a_failed_step_fails_its_requests_and_no_others() -> None:
+    executor = FailingExecutor()
+    loop = LoopByHand(executor)
+    loop.submit("a")
+    delta = loop.next_delta()
+    assert delta.is_finished
+    assert delta.fault is not None
+    assert (delta.fault.kind, "out of luck" in delta.fault.message) == ("EngineError", True)
+    executor.is_failing = False
+    loop.submit("b", max_tokens=3, ignore_eos=True)
+    assert len(loop.next_delta().completions[0].token_ids) == 3
+    loop.end()
+    assert not loop.failed
+
+
+def test_step_after_step_that_fails_ends_the_process() -> None:
+    loop = LoopByHand(FailingExecutor())
+    for request_id in "abc":
+        loop.submit(request_id)
+        assert loop.next_delta().fault is not None
+    loop.end()
+    assert "out of luck" in str(loop.failed[0])
+
+
+def test_an_answer_too_large_for_a_message_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ms, "MAX_FRAME_BYTES", 2_000)
+    loop = LoopByHand()
+    loop.submit("large", max_tokens=100, ignore_eos=True, logprobs=5)
+    loop.submit("small", max_tokens=100, ignore_eos=True)
+    deltas = {delta.request_id: delta for delta in (loop.next_delta(), loop.next_delta())}
+    fault = deltas["large"].fault
+    assert fault is not None
+    assert fault.kind == "RequestError"
+    assert len(deltas["small"].completions[0].token_ids) == 100
+    loop.end()
+
+
+def test_a_request_for_weights_that_are_gone_is_refused() -> None:
+    loop = LoopByHand()
+    request = loop.core.door.prepare("r", "x", adapter="red")
+    gone = replace(request, adapter=AdapterRef("red", "another digest", 1))
+    monkey: Any = loop.core.store
+    known = monkey.weights
+
+    def weights(digest: str) -> object:
+        if digest == "another digest":
+            raise EngineError("not held")
+        return known(digest)
+
+    monkey.weights = weights
+    loop.inbox.put(ms.Submit(gone, False))
+    fault = loop.next_delta().fault
+    assert fault is not None
+    assert (fault.kind, fault.field) == ("RequestError", "adapter")
+    loop.end()
 
 
 def test_the_process_answers_as_the_engine_in_this_process(runner: asyncio.Runner, shared: AsyncLLM) -> None:

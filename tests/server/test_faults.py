@@ -101,7 +101,8 @@ def test_a_client_that_leaves_frees_its_pages(slow: RunningServer, is_streamed: 
     body = {"model": "base", "prompt": ["x" * 50] * n, "n": n, "stream": is_streamed, **LONG}
     if is_streamed:
         with slow.client.stream("POST", "/v1/completions", json=body) as response:
-            next(response.iter_lines())
+            lines = response.iter_lines()
+            next(lines)
             assert slow.run(slow.llm.stats()).scheduler.num_running == n * n
     else:
         with pytest.raises(httpx.ReadTimeout):
