@@ -146,9 +146,11 @@ def resolve(
     if config.memory is None:
         wanted = pages_per_seq * config.max_num_seqs + -(-adapter_bytes // all_layers)
         num_pages = available_bytes // all_layers
+        # A GPU's memory is taken once and for all; elsewhere pages that are never touched cost nothing.
+        reserve_pages = 0
         if executor != "cuda":
             num_pages = min(int(MEMORY_SHARE * available_bytes) // all_layers, wanted)
-        reserve_pages = int((1 - CACHE_SHARE) * num_pages)
+            reserve_pages = int((1 - CACHE_SHARE) * num_pages)
     else:
         num_pages = parse_bytes(config.memory) // all_layers
         reserve_pages = 0

@@ -33,7 +33,7 @@ from polybatch.kernels.linear.cuda import LinearWorkspace, pack
 from polybatch.kernels.lora.cuda import CudaLora
 from polybatch.kernels.lora.work import GRAPH_PLAN, LoraPlan, group_shapes
 from polybatch.kernels.ragged_attention.cuda import choose_tiles
-from polybatch.kernels.ragged_attention.work import Heads
+from polybatch.kernels.ragged_attention.work import Heads, Work
 from polybatch.kernels.sample.cuda import DeviceSampler, SampleParams
 from polybatch.kernels.write_kv.cuda import rope_table
 from polybatch.models.rope import rope_frequencies
@@ -145,6 +145,8 @@ class CudaExecutor:
         self._num_launches = 0
         self._sampled_at: dict[Sequence, int] = {}
         self._graphs: GraphLadder | None = None
+        if self._is_cuda:
+            self._warm_up()
         if graphs and self._is_cuda:
             self._graphs = GraphLadder(
                 max_num_seqs, self._run_rows, where, lambda done, total: report("graphs", done, total)
