@@ -21,7 +21,13 @@ from polybatch.kernels.cpu.team import compile_walk
 from polybatch.kernels.linear.cpu import ADD, SILU_MUL, STORE, compile_linear
 from polybatch.kernels.linear.cpu_pack import INTEGER_KINDS
 from polybatch.kernels.lora.cpu import compile_shrink
-from polybatch.kernels.norm.cpu import compile_embed, compile_norm, compile_quantize, compile_store_rows
+from polybatch.kernels.norm.cpu import (
+    compile_embed,
+    compile_embed_packed,
+    compile_norm,
+    compile_quantize,
+    compile_store_rows,
+)
 from polybatch.kernels.ragged_attention.cpu import compile_attention
 from polybatch.kernels.write_kv.cpu import compile_write_kv
 
@@ -55,9 +61,13 @@ class KernelShape:
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """Addresses of a model's operations. linear: by (kind, end). quantizers: by kind of weights."""
+    """Addresses of a model's operations. linear: by (kind, end). quantizers: by kind of weights.
+
+    embed_packed: None where the head's kind is not the activations' dtype.
+    """
 
     embed: int
+    embed_packed: int | None
     norm: int
     write_kv: int
     attend: int
@@ -79,6 +89,7 @@ def compile_kernels(shape: KernelShape) -> Kernels:
         quantizers={kind: compile_quantize(dtype, kind) for kind in kinds if kind in INTEGER_KINDS},
         norm=compile_norm(dtype),
         embed=compile_embed(dtype),
+        embed_packed=compile_embed_packed(dtype) if shape.head == dtype else None,
     )
 
 

@@ -183,9 +183,10 @@ class CpuProgram:
         self._compile()
         self._rope(max_model_len)
         self._area = Area()
-        plain: list[Operation] = [self._embed(weights)]
-        adapted = list(plain)
         with packing_threads(threads) as workers:
+            vocabulary = self._keep(self._pack([Weight(weights.lm_head())], self.precision.head))
+            plain: list[Operation] = [self._embed(weights, vocabulary)]
+            adapted = list(plain)
             layers = workers.map(lambda i: self._pack_layer(weights.layer(i)), range(spec.num_layers))
             for index, layer in enumerate(layers):
                 with_adapters, without = self._layer(index, layer)
@@ -196,8 +197,7 @@ class CpuProgram:
                 if progress is not None:
                     progress(index + 1, spec.num_layers)
         release_free_memory()
-        head = self._head(weights)
-        release_free_memory()
+        head = self._head(weights, vocabulary)
         self.plain = Program(plain + head)
         self.adapted = Program(adapted + head)
         for program in (self.plain, self.adapted):
@@ -245,7 +245,7 @@ class CpuProgram:
         p = self.precision
         kernels = compile_kernels(KernelShape.of(self.spec, p.dtype, p.linear, p.head))
         self._norm, self._write_kv, self._attend = kernels.norm, kernels.write_kv, kernels.attend
-        self._embedder, self._shrink = kernels.embed, kernels.shrink
+        self._kernels, self._shrink = kernels, kernels.shrink
         self._linear, self._quantizers = kernels.linear, kernels.quantizers
 
     def _rope(self, max_model_len: int) -> None:
@@ -257,8 +257,13 @@ class CpuProgram:
 
     # operations
 
-    def _embed(self, weights: ModelWeights) -> Operation:
+    def _embed(self, weights: ModelWeights, vocabulary: PackedLinear) -> Operation:
+        """Rows of the packed head where it is the same matrix in the same precision, else of a table."""
         dtype = self.precision.dtype
+        if self.spec.tie_embeddings and self._kernels.embed_packed is not None:
+            return self._kernels.embed_packed, [
+                vocabulary.data.data_ptr(), vocabulary.panel_bytes, self.x, self.hidden * 4,
+                vocabulary.in_size, NUM_TOKENS, self.step.token_ids]  # fmt: skip
         source = weights.embedding()
         item = ITEM_BYTES[dtype]
         table = aligned_bytes(self.spec.vocab_size * self.hidden * item)
@@ -268,7 +273,7 @@ class CpuProgram:
         self.weight_bytes += table.numel()
         args = [table.data_ptr(), self.hidden * item, self.x, self.hidden * 4, self.hidden, NUM_TOKENS,
                 self.step.token_ids]  # fmt: skip
-        return self._embedder, args
+        return self._kernels.embed, args
 
     def _norm_op(self, weight: torch.Tensor, dst: int, rows_index: int, rows: int) -> Operation:
         item = ITEM_BYTES[self.precision.dtype]
@@ -396,8 +401,7 @@ class CpuProgram:
         spread[:, :, : spec.head_dim] = o.view(-1, spec.num_heads, spec.head_dim)
         return spread.flatten(1)
 
-    def _head(self, weights: ModelWeights) -> list[Operation]:
-        packed = self._keep(self._pack([Weight(weights.lm_head())], self.precision.head))
+    def _head(self, weights: ModelWeights, packed: PackedLinear) -> list[Operation]:
         norm = self._norm_op(weights.final_norm(), self.last, NUM_LOGITS, self.step.logit_rows)
         return [norm, *self._linear_ops(packed, STORE, self.last, self.hidden, self.logits_tensor.data_ptr(),
                                         self.vocab_width * 4, NUM_LOGITS, 0, False)]  # fmt: skip

@@ -126,10 +126,19 @@ class GgufFile:
         return values
 
     def _forget(self, tensor: GgufTensor) -> None:
-        """Give the file's pages back to the system: once dequantised they would only take memory."""
+        """Give a tensor's pages back: once dequantised they would only take memory."""
+        self._give_back(tensor.offset, tensor.offset + tensor.num_bytes)
+
+    def forget_header(self) -> None:
+        """Drop the metadata and give its pages back, once tokenizer and model have been made of it."""
+        self.metadata = {}
+        self._give_back(0, self.data_offset)
+
+    def _give_back(self, start: int, stop: int) -> None:
+        """Unmap pages for now; the file still holds them."""
         if hasattr(mmap, "MADV_DONTNEED"):
-            first = tensor.offset // mmap.PAGESIZE * mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_DONTNEED, first, tensor.offset + tensor.num_bytes - first)
+            first = start // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, first, stop - first)
 
     def check_type(self, tensor: GgufTensor) -> None:
         """Raise ModelError where the tensor's type cannot be read."""

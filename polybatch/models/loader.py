@@ -95,7 +95,9 @@ def _open_gguf(path: Path) -> tuple[ModelWeights, Tokenizer]:
     from polybatch.models.gguf_tokenizer import tokenizer_from_gguf
 
     file = GgufFile(path)
-    return open_gguf(file), tokenizer_from_gguf(file.metadata, str(path))
+    weights, tokenizer = open_gguf(file), tokenizer_from_gguf(file.metadata, str(path))
+    file.forget_header()
+    return weights, tokenizer
 
 
 def _resolve(model: str, revision: str | None, progress: Callable[[str], None]) -> Path:

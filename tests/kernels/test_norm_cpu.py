@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from polybatch.kernels.cpu.layout import NUM_LOGITS, NUM_TOKENS, padded
 from polybatch.kernels.linear import quantize_activations
+from polybatch.kernels.linear.cpu_pack import Weight, pack
 from polybatch.kernels.norm import cpu, rms_norm
 
 sizes = st.tuples(st.integers(0, 19), st.integers(1, 150))
@@ -104,3 +105,20 @@ def test_stored_adapter_rows_are_filled_up_with_zeros_to_a_cache_line_and_no_fur
         assert torch.equal(stored[: len(row)], row.to(DTYPES[dtype]))
         assert bool((stored[len(row) : padded(len(row), line)] == 0).all())
         assert bool(stored[padded(len(row), line) :].isnan().all())
+
+
+@pytest.mark.parametrize("isa", isa_params())
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embedding_rows_come_out_of_a_packed_head_exactly(dtype, isa):
+    generator = torch.Generator().manual_seed(2)
+    table = torch.randn(150, 70, generator=generator)
+    packed = pack([Weight(table)], dtype)
+    tokens = int32([149, 0, 63, 64, 64, 127, 128])
+    out = zero_padded(torch.zeros(7, 128), 128, "float32")
+    run_operation(cpu.compile_embed_packed(dtype, isa), {
+        cpu.SRC: packed.data.data_ptr(), cpu.SRC_STRIDE: packed.panel_bytes, cpu.DST: out.data_ptr(),
+        cpu.DST_STRIDE: 4 * 128, cpu.WIDTH: packed.in_size, cpu.ROWS_INDEX: NUM_TOKENS,
+        cpu.INDEX_PTR: tokens.data_ptr(),
+    }, {NUM_TOKENS: 7})  # fmt: skip
+    assert torch.equal(out[:, :70], table.to(DTYPES[dtype])[tokens.long()].float())
+    assert bool((out[:, 70:] == 0).all())

@@ -12,7 +12,7 @@ from llvmlite import ir
 
 from polybatch.kernels.cpu.compile import compile_function, detect_isa
 from polybatch.kernels.cpu.emit import F32, LANES, V_F32, V_I8, V_I32, VECTOR_BYTES, Emitter, micro_kernel
-from polybatch.kernels.cpu.layout import ITEM_BYTES
+from polybatch.kernels.cpu.layout import COLUMNS, ITEM_BYTES
 from polybatch.kernels.cpu.team import (
     ARGS,
     await_units,
@@ -20,10 +20,11 @@ from polybatch.kernels.cpu.team import (
     load_i32,
     load_i64,
     report_done,
+    store_i64,
 )
 
 if TYPE_CHECKING:
-    from polybatch.kernels.cpu.bound import STEP, copy_row, norm_row, quantize_row, store_row
+    from polybatch.kernels.cpu.bound import LANE_INPUTS, STEP, copy_row, norm_row, quantize_row, store_row
 
 BLOCK = 4
 """Rows that a thread claims at once."""
@@ -135,6 +136,32 @@ def _embed(args: int, state: int, tid: int, num_threads: int) -> None:
     await_units(args, (num_rows + BLOCK - 1) // BLOCK)
 
 
+def _embed_packed(args: int, state: int, tid: int, num_threads: int) -> None:
+    num_rows = load_i64(state, load_i64(args, ROWS_INDEX))
+    tokens = load_i64(args, INDEX_PTR)
+    src, panel_bytes = load_i64(args, SRC), load_i64(args, SRC_STRIDE)
+    dst, dst_stride = load_i64(args, DST), load_i64(args, DST_STRIDE)
+    lanes = load_i64(args, WIDTH) // LANE_INPUTS
+    while True:
+        first = claim(load_i64(args, 1)) * BLOCK
+        if first >= num_rows:
+            break
+        for t in range(first, min(first + BLOCK, num_rows)):
+            token = load_i32(tokens, t)
+            column = src + token // COLUMNS * panel_bytes + token % COLUMNS * 4
+            row = dst + t * dst_stride
+            if LANE_INPUTS == 2:  # two bfloat16 are the upper halves of two float32
+                for i in range(lanes):
+                    pair = load_i32(column, i * COLUMNS)
+                    store_i64(row, i, (pair & 0xFFFF) << 16 | (pair >> 16) << 48)
+            else:
+                for i in range(lanes // 2):
+                    low = load_i32(column, 2 * i * COLUMNS) & 0xFFFFFFFF
+                    store_i64(row, i, low | load_i32(column, (2 * i + 1) * COLUMNS) << 32)
+        report_done(load_i64(args, 1))
+    await_units(args, (num_rows + BLOCK - 1) // BLOCK)
+
+
 def _norm(args: int, state: int, tid: int, num_threads: int) -> None:
     num_rows = load_i64(state, load_i64(args, ROWS_INDEX))
     rows = load_i64(args, INDEX_PTR)
@@ -230,6 +257,15 @@ def compile_embed(dtype: str, isa: str | None = None) -> int:
     """x[t] (float32) = table[tokens[t]] (dtype)."""
     micro = micro_kernel(3, _emit_copy(dtype), isa or detect_isa())
     return compile_function(f"embed-{dtype}", _embed, bindings={"copy_row": micro}, isa=isa)
+
+
+def compile_embed_packed(dtype: str, isa: str | None = None) -> int:
+    """x[t] (float32) = row tokens[t] of a matrix packed for the linear kernel in dtype, WIDTH inputs of it.
+
+    A tied vocabulary is thus kept once. A row's inputs lie 256 bytes apart, which a step does not notice.
+    """
+    bindings = {"LANE_INPUTS": 4 // ITEM_BYTES[dtype]}
+    return compile_function(f"embed_packed-{dtype}", _embed_packed, bindings=bindings, isa=isa)
 
 
 def compile_norm(dtype: str, isa: str | None = None) -> int:
