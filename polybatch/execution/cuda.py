@@ -3,8 +3,8 @@
 A decode step replays the graph of the next larger number of rows; mixed steps are launched kernel by
 kernel. `launch` leaves the sampled tokens on the device, where the next step's embedding finds them, and
 copies them to pinned memory for whoever asks later. Everything is on one stream, in the order of the calls,
-but for adapter loads. After the constructor no step allocates device memory, except for adapters that change the
-vocabulary layers, whose tables are brought over when used, and for rows that the host samples.
+but for adapter loads. After the constructor no step allocates device memory, except for adapters that change
+the vocabulary layers, whose tables are brought over when used, and for rows that the host samples.
 
 On `device="cpu"` the same code runs in Triton's interpreter, for tests.
 """
@@ -270,6 +270,21 @@ class CudaExecutor:
         rows = stage.fields.on["logit_rows"][: num_rows if ranks.rank == 0 else 0]
         run_layers(self._weights, self._space, operations, rows, num_rows)
 
+    @torch.no_grad()
+    def _warm_up(self) -> None:
+        """Compile what mixed steps launch, so that none of them waits for a compiler."""
+        stage, num_rows, is_first = self._mixed, 16, self._ranks.rank == 0
+        stage.fields.open()["slots"][:num_rows] = -1
+        stage.fields.send()
+        rows = stage.fields.on["logit_rows"][: num_rows if is_first else 0]
+        for narrow, wide in ((True, False), (False, True), (True, True)):
+            works = {window: Work(1, 0, has_narrow=narrow, has_wide=wide) for window in stage.windows}
+            operations = StageOperations(stage, num_rows, lora=None, works=works)
+            logits = run_layers(self._weights, self._space, operations, rows, num_rows)
+            if is_first:
+                params = SampleParams(*(stage.fields.on[name] for name in sample.arrays(0)))
+                self._sampler.sample(logits, params, self._shared.sampled, self._finite)
+
     def _fits_graph(self, filled: Filled, size: int) -> bool:
         """Whether a graph of this size launches all that the step needs."""
         if filled.changes_vocabulary or filled.rescale is not None:
@@ -326,7 +341,7 @@ class CudaExecutor:
         return {
             "executor": f"Triton kernels and cuBLAS on {name}",
             "linear": f"{self._quantization or self._dtype} weights, {self._dtype} activations",
-            "attention": f"{self._dtype} keys and values, {PAGE_TOKENS} tokens a page, shared prefixes read once",
+            "attention": f"{self._dtype} keys and values, pages of {PAGE_TOKENS} tokens, prefixes read once",
             "adapters": f"{self._dtype} rows gathered from pages, any rank",
             "graphs": graphs,
             "weights": f"{self._weights.num_bytes / 2**20:,.0f} MiB",
