@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +16,12 @@ if not Path("/dev/nvidiactl").exists():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _interpreted_loop_bounds() -> Iterator[None]:
-    """Triton 3.6 interprets scalars as arrays of one element, which NumPy 2.4 no longer takes as indices."""
-    if "triton" not in sys.modules or os.environ.get("TRITON_INTERPRET") != "1":
-        yield
-        return
-    from triton.runtime import interpreter
+def _interpreter() -> None:
+    """Only where some test file brought Triton along."""
+    if "triton" in sys.modules:
+        from polybatch.kernels.interpret import prepare
 
-    patch = interpreter._patch_lang_tensor
-
-    def with_item(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(interpreter, "_patch_lang_tensor", with_item)
-        yield
+        prepare()
 
 
 @pytest.fixture(scope="session")

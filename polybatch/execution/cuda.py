@@ -11,6 +11,7 @@ On `device="cpu"` the same code runs in Triton's interpreter, for tests.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 
@@ -103,11 +104,15 @@ class CudaExecutor:
         self._ranks = ranks
         rows = row_spec(spec, ranks.size)
         self._pool = PoolSpec(num_pages, page_size, page_bytes(rows, page_size, dtype), spec.num_layers)
+        began = time.perf_counter()
         linear_space = LinearWorkspace(where, kind, max_num_tokens)
         self._weights = DeviceWeights(
             weights, kind, where, lambda weight: pack(weight, quantization, linear_space),
             lambda done, total: report("weights", done, total),
         )  # fmt: skip
+        if self._is_cuda:
+            torch.cuda.synchronize(where)
+        loaded = time.perf_counter()
         self.memory = PageMemory(spec, self._pool, dtype, device)
         # Logits are where the sampler is.
         own_logits = self._max_logits if ranks.rank == 0 else 0
@@ -145,12 +150,17 @@ class CudaExecutor:
         self._num_launches = 0
         self._sampled_at: dict[Sequence, int] = {}
         self._graphs: GraphLadder | None = None
+        self.startup_s = {"weights": loaded - began}
+        """Seconds that start-up took, by phase."""
         if self._is_cuda:
             self._warm_up()
+            torch.cuda.synchronize(where)
+        self.startup_s["kernels"] = (compiled := time.perf_counter()) - loaded
         if graphs and self._is_cuda:
             self._graphs = GraphLadder(
                 max_num_seqs, self._run_rows, where, lambda done, total: report("graphs", done, total)
             )
+        self.startup_s["graphs"] = time.perf_counter() - compiled
 
     @property
     def spec(self) -> ModelSpec:
@@ -241,7 +251,7 @@ class CudaExecutor:
         if self._is_cuda:
             self._adapters.wait(layout.digests)
         if size is not None and self._graphs is not None:
-            self._graphs.replay(size, _variant(filled))
+            self._graphs.replay(size, variant_of(filled))
             return stage, self._space.logits[: len(layout.logit_rows)]
         return stage, self._run_eager(stage, filled)
 
@@ -264,8 +274,8 @@ class CudaExecutor:
         stage, ranks = self._decode, self._ranks
         plan = LoraPlan(num_h=(ranks.h_capacity(num_rows, MAX_H),))
         operations = StageOperations(
-            stage, num_rows, lora=None if variant is Variant.PLAIN else plan,
-            limits=stage.limits_for(num_rows, num_rows), has_wide=variant is Variant.SHARED,
+            stage, num_rows, lora=plan if Variant.ADAPTED in variant else None,
+            limits=stage.limits_for(num_rows, num_rows), has_wide=Variant.SHARED in variant,
         )  # fmt: skip
         rows = stage.fields.on["logit_rows"][: num_rows if ranks.rank == 0 else 0]
         run_layers(self._weights, self._space, operations, rows, num_rows)
@@ -345,6 +355,7 @@ class CudaExecutor:
             "adapters": f"{self._dtype} rows gathered from pages, any rank",
             "graphs": graphs,
             "weights": f"{self._weights.num_bytes / 2**20:,.0f} MiB",
+            "start-up": ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.startup_s.items()),
         }
 
     def close(self) -> None:
@@ -374,7 +385,6 @@ def _with_vocabulary(weights: AdapterWeights | None) -> AdapterWeights | None:
     return weights
 
 
-def _variant(filled: Filled) -> Variant:
-    if filled.has_wide:
-        return Variant.SHARED
-    return Variant.PLAIN if filled.lora is None else Variant.ADAPTED
+def variant_of(filled: Filled) -> Variant:
+    shared = Variant.SHARED if filled.has_wide else Variant.PLAIN
+    return shared if filled.lora is None else shared | Variant.ADAPTED

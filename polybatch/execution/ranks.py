@@ -10,6 +10,8 @@ the others get the embedded rows.
 
 from __future__ import annotations
 
+import os
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ H_PER_ROW = 256
 """Elements of h for which a captured step has room per row: all seven modules at rank 64."""
 
 MIN_H = 8192
+
+JOIN_TIMEOUT = timedelta(minutes=10)
 
 MIN_PART_COLUMNS = 2048
 """Of a part of h, where parts travel between ranks."""
@@ -96,3 +100,27 @@ def _finish(work: Any) -> None:
     """Backends that work on the current stream return nothing to wait for."""
     if work is not None:
         work.wait()
+
+
+def join(store: str, rank: int, size: int, device: torch.device) -> RankGroup:
+    """Meet the other ranks; returns when all are there. store: a file's path, the same for all.
+
+    They talk over the loopback interface and between the GPUs; nothing listens to the network.
+    """
+    held = dist.FileStore(store, size)  # type: ignore[attr-defined]
+    group: Any
+    if device.type == "cuda":
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+        # Multicast between GPUs is not to be had on every machine, and what is sent here is small.
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = JOIN_TIMEOUT
+        group = dist.ProcessGroupNCCL(held, rank, size, options)
+    else:
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        options._timeout = JOIN_TIMEOUT
+        group = dist.ProcessGroupGloo(held, rank, size, options)
+    ranks = RankGroup(group, rank, size)
+    ranks.reduce(torch.zeros(1, device=device))
+    return ranks
