@@ -14,12 +14,16 @@ from collections.abc import Callable
 import torch
 
 
-class Variant(enum.Enum):
-    """What a graph launches: the base model; adapters' kernels too; those and shared prefixes."""
+class Variant(enum.Flag):
+    """What a graph launches beside the base model: adapters' kernels, attention's for shared prefixes."""
 
     PLAIN = 0
     ADAPTED = 1
     SHARED = 2
+
+    @classmethod
+    def all(cls) -> tuple[Variant, ...]:
+        return cls.PLAIN, cls.ADAPTED, cls.SHARED, cls.ADAPTED | cls.SHARED
 
 
 def ladder(max_rows: int) -> list[int]:
@@ -46,7 +50,7 @@ class GraphLadder:
         self._graphs: dict[tuple[int, Variant], torch.cuda.CUDAGraph] = {}
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        todo = [(size, variant) for size in reversed(self.sizes) for variant in Variant]
+        todo = [(size, variant) for size in reversed(self.sizes) for variant in Variant.all()]
         for done, (size, variant) in enumerate(todo, 1):
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
