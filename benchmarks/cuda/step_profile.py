@@ -93,7 +93,7 @@ def measure(llm: LLM, batch: int, names: list[str], top: int) -> dict[str, Any]:
         "wall_ms": wall,
         "busy_ms": busy,
         "host_ms": phases,
-        "kernels": {name: values for name, values in ordered[:40]},
+        "kernels": dict(ordered[:40]),
     }
 
 
