@@ -83,6 +83,9 @@ class EngineOptions:
     threads: Annotated[
         int | None, typer.Option(rich_help_panel=_PANEL, help="CPU threads; default one per processor.")
     ] = None
+    tensor_parallel_size: Annotated[
+        int, typer.Option(rich_help_panel=_PANEL, help="GPUs of this host that share the model.")
+    ] = 1
     seed: Annotated[int, typer.Option(rich_help_panel=_PANEL, help="For requests that bring no seed.")] = 0
 
     def chosen_model(self) -> str:

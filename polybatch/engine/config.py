@@ -54,6 +54,7 @@ class EngineConfig:
     max_num_batched_tokens: prefill tokens per step. max_num_seqs: sequences that run at once.
     policy: "fcfs" or "priority". executor: "auto", "cpu" (compiled) or "eager" (the torch reference).
     threads: of the executor; None is one per processor that this process may use.
+    tensor_parallel_size: GPUs of this host that share the model, from `device` on.
     seed: for requests without their own.
 
     Raises ConfigError where a value cannot work on its own.
@@ -71,6 +72,7 @@ class EngineConfig:
     policy: str = "fcfs"
     executor: str = "auto"
     threads: int | None = None
+    tensor_parallel_size: int = 1
 
     def __post_init__(self) -> None:
         _check_choice("dtype", self.dtype, ("auto", *DTYPES))
@@ -87,6 +89,9 @@ class EngineConfig:
             raise ConfigError(f"seed is {self.seed!r}; it must be an integer")
         if self.threads is not None and (not isinstance(self.threads, int) or self.threads < 1):
             raise ConfigError(f"threads is {self.threads!r}; it must be a positive integer or None")
+        size = self.tensor_parallel_size
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ConfigError(f"tensor_parallel_size is {size!r}; it must be a positive number of GPUs")
         if self.memory is not None:
             parse_bytes(self.memory)
 
@@ -106,6 +111,7 @@ class ResolvedConfig:
     seed: int
     pool: PoolSpec
     scheduler: SchedulerConfig
+    tensor_parallel_size: int = 1
 
     @property
     def max_num_tokens(self) -> int:
@@ -140,6 +146,11 @@ def resolve(
         raise ConfigError(
             f"quantization is {config.quantization!r}; the {executor} executor knows "
             f"{', '.join(map(repr, known))}"
+        )
+    if config.tensor_parallel_size > 1 and executor != "cuda":
+        raise ConfigError(
+            f"tensor_parallel_size is {config.tensor_parallel_size}; the {executor} executor has one device: "
+            "use it with device 'cuda', or leave it at 1"
         )
     pages_per_seq = -(-wanted_len // PAGE_SIZE)
     all_layers = page_bytes * spec.num_layers
@@ -177,6 +188,7 @@ def resolve(
             enable_prefix_caching=config.enable_prefix_caching,
             reserve_pages=reserve_pages,
         ),
+        tensor_parallel_size=config.tensor_parallel_size,
     )
 
 

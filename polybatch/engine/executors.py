@@ -41,10 +41,13 @@ def settle(config: EngineConfig, spec: ModelSpec, adapter_bytes: int = 0) -> Res
     available = available_memory()
     if executor_name(config) == "cuda":
         from polybatch.execution.cuda_memory import pool_bytes
+        from polybatch.execution.sharding import shard_spec
 
+        _check_devices(config)
         max_len = min(config.max_model_len or spec.max_position, spec.max_position)
         available = pool_bytes(
-            spec, resolve_dtype(config), config.quantization, config.device,
+            shard_spec(spec, config.tensor_parallel_size), resolve_dtype(config), config.quantization,
+            config.device,
             max_num_tokens=prefill_tokens(config) + config.max_num_seqs, max_num_seqs=config.max_num_seqs,
             max_num_logits=CUDA_SCORED_TOKENS + config.max_num_seqs, max_model_len=max_len,
         )  # fmt: skip
@@ -57,11 +60,26 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def _check_devices(config: EngineConfig) -> None:
+    """Raise ConfigError where there are fewer GPUs than are to share the model."""
+    import torch
+
+    first, size = int(config.device.partition(":")[2] or 0), config.tensor_parallel_size
+    if first + size > torch.cuda.device_count():
+        raise ConfigError(
+            f"tensor_parallel_size is {size} from device {config.device!r} on, but this host shows "
+            f"{torch.cuda.device_count()} GPUs: lower it, or see CUDA_VISIBLE_DEVICES"
+        )
+
+
 def page_bytes(config: EngineConfig, spec: ModelSpec) -> int:
-    """Bytes of one page in one layer, as the executor of this configuration lays it out."""
+    """Bytes of one page in one layer of one device, as the executor of this configuration lays it out."""
     if executor_name(config) in ("eager", "cuda"):
         from polybatch.execution.page_memory import page_bytes as plain_page_bytes
+        from polybatch.execution.sharding import row_spec, shard_spec
 
+        size = config.tensor_parallel_size if executor_name(config) == "cuda" else 1
+        spec = row_spec(shard_spec(spec, size), size)
         return plain_page_bytes(spec, PAGE_SIZE, resolve_dtype(config))
     from polybatch.execution.cpu import page_bytes as cpu_page_bytes
 
@@ -69,9 +87,16 @@ def page_bytes(config: EngineConfig, spec: ModelSpec) -> int:
 
 
 def build_executor(
-    weights: ModelWeights, config: ResolvedConfig, progress: Callable[[str, int, int], None] | None = None
+    weights: ModelWeights,
+    config: ResolvedConfig,
+    progress: Callable[[str, int, int], None] | None = None,
+    *,
+    model: str | None = None,
 ) -> Executor:
-    """Load the weights into an executor with a page pool. progress: see `CudaExecutor`."""
+    """Load the weights into an executor with a page pool. progress: see `CudaExecutor`.
+
+    model: what other processes open the same weights by; needed where several GPUs share them.
+    """
     settings: dict[str, Any] = {
         "dtype": config.dtype,
         "quantization": config.quantization,
@@ -90,6 +115,15 @@ def build_executor(
         from polybatch.execution.cuda import CudaExecutor
 
         settings |= {"device": config.device, "max_num_logits": config.max_num_logits, "progress": progress}
+        if config.tensor_parallel_size > 1:
+            from polybatch.execution.parallel import ParallelExecutor
+
+            if model is None:
+                raise ConfigError(
+                    f"tensor_parallel_size is {config.tensor_parallel_size}; it needs a model that other "
+                    "processes can open: give its name or path"
+                )
+            return ParallelExecutor(weights, model=model, size=config.tensor_parallel_size, **settings)
         return CudaExecutor(weights, **settings)
     from polybatch.execution.cpu import CpuExecutor
 

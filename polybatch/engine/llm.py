@@ -63,18 +63,19 @@ class LLM:
         policy: str = "fcfs",
         executor: str = "auto",
         threads: int | None = None,
+        tensor_parallel_size: int = 1,
         tokenizer: TextTokenizer | None = None,
     ) -> None:
         config = EngineConfig(
             dtype=dtype, device=device, quantization=quantization, max_model_len=max_model_len,
             memory=memory, max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs,
             enable_prefix_caching=enable_prefix_caching, seed=seed, policy=policy, executor=executor,
-            threads=threads,
+            threads=threads, tensor_parallel_size=tensor_parallel_size,
         )  # fmt: skip
         loaded = load_model(str(model))
         needed = adapter_bytes((adapters or {}).values(), resolve_dtype(config))
         self.config = settle(config, loaded.spec, needed)
-        runner = build_executor(loaded.weights, self.config)
+        runner = build_executor(loaded.weights, self.config, model=str(loaded.path or model))
         store = AdapterStore(loaded.weights, runner.adapter_pages)
         scheduler = Scheduler(self.config.scheduler, runner.pool, loaded.fingerprint)
         self._attach(
