@@ -21,7 +21,7 @@ from polybatch.server.state import ServerState
 
 T = TypeVar("T")
 
-FAST = Watch(heartbeat_s=0.1, silence_s=2.0, stall_s=30.0, backoff_s=0.05, stop_s=5.0, healthy_s=0.05)
+FAST = Watch(heartbeat_s=0.1, silence_s=2.0, stall_s=30.0, backoff_s=0.05, stop_s=5.0)
 
 
 class RunningServer:
