@@ -1,4 +1,4 @@
-"""The CUDA executor in Triton's interpreter, held to the reference in seconds; the contract's suite takes minutes."""
+"""The CUDA executor in Triton's interpreter, held to the reference; the whole contract takes minutes there."""
 
 from __future__ import annotations
 
