@@ -1,4 +1,4 @@
-"""The CUDA executor in Triton's interpreter, held to the reference; the whole contract takes minutes there."""
+"""The CUDA executor in Triton's interpreter, held to the reference; the whole contract takes minutes."""
 
 from __future__ import annotations
 
