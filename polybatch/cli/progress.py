@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from polybatch.jobs.runner import Progress
+from polybatch.jobs.results import Progress
 
 REFRESH_S = 0.2
 LINE_INTERVAL_S = 10.0

@@ -56,11 +56,13 @@ def open_job(
     *,
     resume: bool = True,
     overwrite: bool = False,
+    is_served: bool = False,
 ) -> Job:
     """Begin a job or continue one.
 
     facts: name -> value of everything besides the input that changes answers.
     overwrite: drop what an earlier run wrote. resume: False refuses an output that exists.
+    is_served: a server answers the rows, and its `system_fingerprint` is its own.
     Raises ConfigError: input unreadable or with duplicate custom_ids, output of another job or in
     use, journal of a job with other facts. Nothing is written to the output in these cases.
     """
@@ -86,7 +88,7 @@ def open_job(
         else:
             known.pop("output_bytes", None)
             _check_same(output_path, known, all_facts)
-        output.recover(journal, fingerprint)
+        output.recover(journal, None if is_served else fingerprint)
     except BaseException:
         if journal is not None:
             journal.close()

@@ -58,6 +58,11 @@ def custom_id_of(line: Line) -> str | None:
 
 def parse_line(line: Line) -> Call:
     """Check a whole line. Raises RequestError that names the line's field, value and way out."""
+    return parse_call(*parse_envelope(line))
+
+
+def parse_envelope(line: Line) -> tuple[Endpoint, Any]:
+    """Where a line goes and its body, decoded but unchecked. Raises RequestError as `parse_line` does."""
     fields = _envelope(line)
     _custom_id(fields)
     for name in fields:
@@ -71,7 +76,7 @@ def parse_line(line: Line) -> Call:
     if endpoint is None:
         known = " or ".join(endpoint.value for endpoint in Endpoint)
         raise RequestError(f"url is {url!r}; it must be {known}", field="url")
-    return parse_call(endpoint, _decode(fields, "body"))
+    return endpoint, _decode(fields, "body")
 
 
 def _envelope(line: Line) -> dict[str, msgspec.Raw]:

@@ -68,10 +68,11 @@ class OutputFile:
     def close(self) -> None:
         os.close(self._fd)
 
-    def recover(self, journal: Journal, fingerprint: str) -> None:
+    def recover(self, journal: Journal, fingerprint: str | None) -> None:
         """Bring file and journal into agreement after any interruption.
 
-        fingerprint: `system_fingerprint` of this job's results; others are refused.
+        fingerprint: `system_fingerprint` of this job's results; others are refused. None where it is up to a
+        server.
         Raises ConfigError if the file holds something that is not this job's output.
         """
         start = journal.output_bytes
@@ -107,7 +108,7 @@ class OutputFile:
             )
 
     def _check_ours(
-        self, record: OutputRecord, journal: Journal, fingerprint: str, states: dict[int, int]
+        self, record: OutputRecord, journal: Journal, fingerprint: str | None, states: dict[int, int]
     ) -> None:
         row = journal.row(record.number)
         key = None if record.custom_id is None else digest(record.custom_id)
@@ -116,7 +117,7 @@ class OutputFile:
                 f"{self.path} answers line {record.number} with custom_id {record.custom_id!r}, which the "
                 "input does not have there: it is another job's; choose another output or use --overwrite"
             )
-        if record.fingerprint not in (None, fingerprint):
+        if fingerprint is not None and record.fingerprint not in (None, fingerprint):
             raise ConfigError(
                 f"{self.path} was written with another model, adapters or parameters "
                 f"({record.fingerprint}, now {fingerprint}): run with the old ones, choose another output, "

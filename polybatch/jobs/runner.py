@@ -13,21 +13,19 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from polybatch.errors import EngineError, RequestError
 from polybatch.jobs.job import Job
-from polybatch.jobs.journal import ERROR, OK
-from polybatch.jobs.lines import Line, custom_id_of, encode_output, parse_line
-from polybatch.jobs.responses import error_body, response_body
+from polybatch.jobs.lines import Line, parse_line
+from polybatch.jobs.responses import response_body
+from polybatch.jobs.results import SYNC_ROWS, Progress, ResultWriter
 from polybatch.jobs.schema import Call
 from polybatch.request import FinishReason, RequestOutput, SamplingParams
 
-SYNC_INTERVAL_S = 1.0
-SYNC_ROWS = 1_000
 MAX_FAILED_STEPS = 3
 """Rows that fail alone, one right after the other, before the engine is held to be broken."""
 MAX_NAMES_SHOWN = 10
@@ -85,41 +83,6 @@ class ModelNames:
 
 
 @dataclass(slots=True)
-class Progress:
-    """How far a run is. Rows count the whole job, the other figures this run alone.
-
-    rows_by_model: rows with a result, by the name their body used.
-    """
-
-    total: int
-    ok: int = 0
-    errors: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    output_tokens: int = 0
-    preemptions: int = 0
-    started_s: float = 0.0
-    elapsed_s: float = 0.0
-    done_before: int = 0
-    rows_by_model: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def done(self) -> int:
-        return self.ok + self.errors
-
-    @property
-    def hit_rate(self) -> float:
-        """Share of prompt tokens that came from the prefix cache."""
-        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
-
-    @property
-    def left_s(self) -> float | None:
-        """Estimated seconds to the end, None before anything finished."""
-        done_now = self.done - self.done_before
-        return None if not done_now else self.elapsed_s / done_now * (self.total - self.done)
-
-
-@dataclass(slots=True)
 class _Row:
     line: Line
     call: Call
@@ -144,16 +107,13 @@ class Runner:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._job, self._engine, self._names = job, engine, names
-        self._window, self._clock = window, clock
+        self._window = window
         self._rows: dict[str, _Row] = {}
         self._in_flight = 0
         self._suspects: deque[Line] = deque()
         self._failed_alone: list[tuple[Line, EngineError]] = []
-        self._finished: list[bytes] = []
-        self._unmarked: dict[int, int] = {}
-        self._synced_s = clock()
-        total, ok, errors = job.journal.counts()
-        self.progress = Progress(total, ok, errors, started_s=clock(), done_before=ok + errors)
+        self._results = ResultWriter(job, clock)
+        self.progress = self._results.progress
 
     def run(
         self,
@@ -170,14 +130,13 @@ class Runner:
                 is_read = not self._fill(lines)
                 if self._rows:
                     self._step()
-                self._flush()
-                self.progress.elapsed_s = self._clock() - self.progress.started_s
+                self._results.flush()
                 report(self.progress)
                 if is_read and not self._rows and not self._suspects:
                     self._give_up_failed()
                     break
         finally:
-            self._flush(sync=True)
+            self._results.flush(sync=True)
         for request_id in list(self._rows):
             self._engine.abort(request_id)
         return self.progress.done == self.progress.total
@@ -209,7 +168,7 @@ class Runner:
     def _give_up_failed(self) -> None:
         """Write the error lines of rows that failed alone, once others are seen to succeed."""
         for line, error in self._failed_alone:
-            self._fail(line, 500, "engine_error", RequestError(str(error)))
+            self._results.fail(line, 500, "engine_error", RequestError(str(error)))
         self._failed_alone.clear()
 
     def _fill(self, lines: Iterator[Line]) -> bool:
@@ -219,7 +178,7 @@ class Runner:
                 self._submit(self._suspects.popleft())
             return True
         # A file of nothing but bad lines must not pile up its error lines here.
-        while self._in_flight < self._window and len(self._finished) < SYNC_ROWS:
+        while self._in_flight < self._window and self._results.num_unwritten < SYNC_ROWS:
             line = next(lines, None)
             if line is None:
                 return False
@@ -230,12 +189,12 @@ class Runner:
         try:
             call = parse_line(line)
         except RequestError as error:
-            self._fail(line, 400, "invalid_request", error)
+            self._results.fail(line, 400, "invalid_request", error)
             return
         try:
             adapter = self._names.adapter_of(call.model)
         except RequestError as error:
-            self._fail(line, 404, "model_not_found", error)
+            self._results.fail(line, 404, "model_not_found", error)
             return
         row = _Row(line, call, [])
         try:
@@ -248,7 +207,7 @@ class Runner:
         except RequestError as error:
             for request_id in row.request_ids:
                 self._engine.abort(request_id)
-            self._fail(line, 400, "invalid_request", error)
+            self._results.fail(line, 400, "invalid_request", error)
             return
         self._rows.update(dict.fromkeys(row.request_ids, row))
         self._in_flight += call.num_sequences
@@ -275,7 +234,7 @@ class Runner:
                 self._engine.abort(request_id)
         self._in_flight -= row.call.num_sequences
         if failure is not None:
-            self._fail(row.line, 500, "engine_error", RequestError(failure))
+            self._results.fail(row.line, 500, "engine_error", RequestError(failure))
         else:
             self._give_up_failed()
             self._succeed(row)
@@ -289,38 +248,9 @@ class Runner:
             created=int(time.time()),
             fingerprint=self._job.fingerprint,
         )
-        self._finished.append(encode_output(row.line.number, custom_id_of(row.line), 200, body, None))
-        self._unmarked[row.line.number] = OK
-        progress, used = self.progress, body["usage"]
-        progress.ok += 1
-        progress.prompt_tokens += used["prompt_tokens"]
-        progress.cached_tokens += used["prompt_tokens_details"]["cached_tokens"]
-        progress.output_tokens += used["completion_tokens"]
-        progress.preemptions += sum(o.metrics.num_preemptions for o in outputs if o.metrics is not None)
-        progress.rows_by_model[row.call.model] += 1
-
-    def _fail(self, line: Line, status: int, code: str, error: RequestError) -> None:
-        message = f"line {line.number}: {error}"
-        kind = "server_error" if status >= 500 else "invalid_request_error"
-        body = error_body(message, kind=kind, param=error.field, code=code)
-        summary = {"code": code, "message": message}
-        self._finished.append(encode_output(line.number, custom_id_of(line), status, body, summary))
-        self._unmarked[line.number] = ERROR
-        self.progress.errors += 1
-
-    def _flush(self, sync: bool = False) -> None:
-        """Append what finished; sync output, then journal, when it is time."""
-        if self._finished:
-            self._job.output.append(b"".join(self._finished))
-            self._finished.clear()
-        now = self._clock()
-        if self._unmarked and (
-            sync or len(self._unmarked) >= SYNC_ROWS or now - self._synced_s >= SYNC_INTERVAL_S
-        ):
-            self._job.output.sync()
-            self._job.journal.mark(self._unmarked, self._job.output.size)
-            self._unmarked.clear()
-            self._synced_s = now
+        self._results.succeed(row.line, body, row.call.model)
+        preemptions = sum(o.metrics.num_preemptions for o in outputs if o.metrics is not None)
+        self.progress.preemptions += preemptions
 
 
 def _failure(output: RequestOutput) -> str | None:
