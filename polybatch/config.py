@@ -137,7 +137,7 @@ class SchedulerConfig:
 
     max_num_batched_tokens: token budget of a step for prefill; decodes are never held back by it.
     max_num_seqs: sequences that run at once. max_model_len: prompt + output, in tokens.
-    policy: "fcfs" or "priority". reserve_pages: pages that only running sequences and adapters may be the
+    policy: "fcfs", "priority" or "fair" (between tenants). reserve_pages: pages that only running sequences and adapters may be the
     first to use; idle prefixes are evicted before.
     """
 
@@ -154,5 +154,5 @@ class SchedulerConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; it must be a positive integer")
-        if self.policy not in ("fcfs", "priority"):
-            raise ConfigError(f"policy is {self.policy!r}; it must be fcfs or priority")
+        if self.policy not in ("fcfs", "priority", "fair"):
+            raise ConfigError(f"policy is {self.policy!r}; it must be fcfs, priority or fair")

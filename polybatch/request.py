@@ -146,7 +146,7 @@ class Request:
     prompt_token_ids: at least one token. max_tokens: resolved, prompt + max_tokens fits the model.
     seed: resolved. stop_token_ids: all ids that end it, end-of-sequence ids included unless ignored.
     priority: lower first. arrival_s: on the engine's clock. cache_salt: prefixes are shared only
-    between equal salts.
+    between equal salts. tenant: on whose account it runs; of a set that is bounded.
     """
 
     request_id: str
@@ -160,6 +160,7 @@ class Request:
     priority: int = 0
     arrival_s: float = 0.0
     cache_salt: str = ""
+    tenant: str = ""
 
 
 class FinishReason(enum.StrEnum):

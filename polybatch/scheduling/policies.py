@@ -35,7 +35,12 @@ def priority(request: Request, order: int) -> Key:
     return (request.priority, order)
 
 
-POLICIES: dict[str, Policy] = {"fcfs": fcfs, "priority": priority}
+def fair(request: Request, order: int) -> Key:
+    """First come, first served within a tenant; between tenants see `polybatch.scheduling.fairness`."""
+    return (1, order)
+
+
+POLICIES: dict[str, Policy] = {"fcfs": fcfs, "priority": priority, "fair": fair}
 
 
 def policy_named(name: str) -> Policy:

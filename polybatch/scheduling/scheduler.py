@@ -29,11 +29,11 @@ from polybatch.memory.arena import Arena
 from polybatch.memory.prefix_tree import MatchResult
 from polybatch.request import AdapterRef, FinishReason, Request, Sequence, SequenceStatus
 from polybatch.scheduling.admission import Admission, PlanDraft
+from polybatch.scheduling.fairness import queue_for
 from polybatch.scheduling.inflight import PrefixesInFlight
 from polybatch.scheduling.plan import Chunk, LogitRows, StepPlan, StepResult
 from polybatch.scheduling.policies import policy_named
 from polybatch.scheduling.track import SchedulerStats, Track
-from polybatch.scheduling.waiting import WaitingQueue
 
 MIN_PREFILL_TOKENS = 32
 """Prefill tokens a step keeps room for however many sequences decode, so that prompts never starve."""
@@ -61,7 +61,7 @@ class Scheduler:
         self._policy = policy_named(config.policy)
         self._namespace = namespace
         self._running: list[Track] = []
-        self._waiting = WaitingQueue()
+        self._waiting = queue_for(config.policy)
         self._inflight = PrefixesInFlight(pool.page_size)
         self._track_of: dict[Sequence, Track] = {}
         self._live: dict[str, list[Track]] = {}
@@ -176,6 +176,7 @@ class Scheduler:
                 is_named = reason is FinishReason.STOP and last in seq.request.params.stop_token_ids
                 self._retire(track, reason, last if is_named else None, keep=True)
                 finished.append(seq)
+        self._waiting.served(plan, result)
         return finished
 
     def settle(self, seq: Sequence, position: int, token: int) -> bool:
@@ -353,13 +354,14 @@ class Scheduler:
     def _start(self, track: Track) -> None:
         seq = track.seq
         self._waiting.remove(track)
+        if seq.num_preemptions == 0:
+            self._waiting.admitted(track)
+            seq.num_cached = seq.num_computed
+            self._arena.tree.count_query(seq.num_prompt, seq.num_cached)
         insort(self._running, track, key=_KEY)
         seq.status = SequenceStatus.RUNNING
         if seq.num_uncomputed > 1:
             self._inflight.update(track)
-        if seq.num_preemptions == 0:
-            seq.num_cached = seq.num_computed
-            self._arena.tree.count_query(seq.num_prompt, seq.num_cached)
 
     def _plan_prefetches(self, draft: PlanDraft) -> None:
         """Load adapters of the pinned and of the first who wait before they are needed."""

@@ -37,6 +37,7 @@ def request_of(
     adapter: AdapterRef | None = None,
     priority: int = 0,
     salt: str = "",
+    tenant: str = "",
     stop: frozenset[int] = frozenset(),
     n: int = 1,
     prompt_logprobs: int | None = None,
@@ -56,6 +57,7 @@ def request_of(
         adapter=adapter,
         priority=priority,
         cache_salt=salt,
+        tenant=tenant,
     )
 
 
@@ -234,6 +236,7 @@ def random_request(rng: random.Random, request_id: str, adapters: list[AdapterRe
         adapter=rng.choice([None, *adapters]) if rng.random() < 0.7 else None,
         priority=rng.randrange(3),
         salt=rng.choice(["", "", "tenant"]),
+        tenant=rng.choice("abc"),
         stop=frozenset({EOS}) if rng.random() < 0.5 else frozenset(),
         n=rng.choice([1, 1, 1, 2, 4]),
         prompt_logprobs=0 if rng.random() < 0.15 else None,

@@ -24,7 +24,7 @@ configs = st.builds(
     max_num_batched_tokens=st.sampled_from([1, 3, 8, 40]),
     max_num_seqs=st.sampled_from([1, 2, 5, 16]),
     max_model_len=st.just(64),
-    policy=st.sampled_from(["fcfs", "priority"]),
+    policy=st.sampled_from(["fcfs", "priority", "fair"]),
     enable_prefix_caching=st.booleans(),
 )
 
@@ -61,7 +61,7 @@ def test_every_accepted_request_finishes_and_all_laws_hold(
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(0, 2**32), st.booleans(), st.sampled_from(["fcfs", "priority"]))
+@given(st.integers(0, 2**32), st.booleans(), st.sampled_from(["fcfs", "priority", "fair"]))
 def test_heavy_preemption_never_livelocks(seed: int, enable_prefix_caching: bool, policy: str) -> None:
     config = SchedulerConfig(
         max_num_batched_tokens=64, policy=policy, enable_prefix_caching=enable_prefix_caching
@@ -193,7 +193,7 @@ def test_500_adapters_share_room_for_20() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+@pytest.mark.parametrize("policy", ["fcfs", "priority", "fair"])
 def test_20000_requests_of_500_adapters(policy: str) -> None:
     rng = random.Random(11)
     adapters = [adapter_of(f"a{index}", 1 + index % 8) for index in range(500)]

@@ -1,0 +1,129 @@
+"""Token-fair sharing between tenants: the waiting queue of the policy `fair`.
+
+Each tenant has a virtual counter of the service that it was given: tokens computed for its prompts and tokens
+generated for it, the latter weighted double. The next to be admitted is the earliest request of the tenant
+with the smallest counter, so that tenants who have work waiting get equal service, whatever they send and
+however much. Whoever comes back from having nothing waiting is lifted to the smallest counter of those who
+wait: time not used is not saved up. Nothing is held back while there is room, so no capacity is lost.
+
+The law: counters of two tenants who both have requests waiting differ by at most
+U = max(w_p * L, w_q * M), with L the longest prompt and M the tokens that one batch can hold; what two such
+tenants were given over any interval differs by at most 2 U. Hence nobody starves.
+
+Prompt tokens are charged once, at the first admission, and only those that had to be computed: a cached
+prefix costs nobody. Computing again after a preemption is the engine's doing and is not charged.
+Source: Virtual Token Counter, "Fairness in Serving Large Language Models" (Sheng et al. 2024), algorithm 2.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+
+from polybatch.scheduling.plan import StepPlan, StepResult
+from polybatch.scheduling.track import Track
+from polybatch.scheduling.waiting import Waiting, WaitingQueue
+
+INPUT_WEIGHT = 1
+OUTPUT_WEIGHT = 2
+"""A generated token costs a step, a prompt's token only a share of one; also the usual ratio of prices."""
+
+
+class FairQueue:
+    """Waiting tracks by tenant, handed out in the order of the tenants' counters.
+
+    An admitted track gets a new key, its number of admission: those admitted last yield first, whenever they
+    arrived, and after a preemption come before all of their tenant that were never admitted.
+    """
+
+    __slots__ = ("_counters", "_last", "_num_admitted", "_num_waiting", "_queues")
+
+    def __init__(self) -> None:
+        self._queues: dict[str, WaitingQueue] = {}
+        """Of tenants with something waiting, no others."""
+        self._counters: dict[str, int] = {}
+        self._last: str | None = None
+        """The tenant whose queue was the last to become empty."""
+        self._num_waiting = 0
+        self._num_admitted = 0
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Weighted tokens of every tenant ever seen, lifts included."""
+        return self._counters
+
+    @property
+    def tenants(self) -> frozenset[str]:
+        """Who has something waiting."""
+        return frozenset(self._queues)
+
+    def __len__(self) -> int:
+        return self._num_waiting
+
+    def head(self, n: int) -> Iterator[Track]:
+        """Up to `n` tracks; between two of them counters may grow by `admitted`, and the order follows."""
+        tracks: dict[str, list[Track]] = {}
+        heap = [(self._counters[tenant], queue.head(1)[0].key, tenant)
+                for tenant, queue in self._queues.items()]  # fmt: skip
+        heapq.heapify(heap)
+        num_left = n
+        while heap and num_left:
+            tenant = heap[0][2]
+            if tenant not in tracks:
+                # Reversed, to be taken from the end.
+                tracks[tenant] = self._queues[tenant].head(num_left)[::-1]
+            rest = tracks[tenant]
+            yield rest.pop()
+            num_left -= 1
+            if rest:
+                heapq.heapreplace(heap, (self._counters[tenant], rest[-1].key, tenant))
+            else:
+                heapq.heappop(heap)
+
+    def push(self, track: Track) -> None:
+        tenant = track.seq.request.tenant
+        queue = self._queues.get(tenant)
+        if queue is None:
+            self._lift(tenant)
+            queue = self._queues[tenant] = WaitingQueue()
+        queue.push(track)
+        self._num_waiting += 1
+
+    def remove(self, track: Track) -> None:
+        """Take a track out, wherever it is. Raises ValueError if it is not there."""
+        tenant = track.seq.request.tenant
+        queue = self._queues.get(tenant)
+        if queue is None:
+            raise ValueError(f"{track.seq!r} does not wait")
+        queue.remove(track)
+        self._num_waiting -= 1
+        if not queue:
+            del self._queues[tenant]
+            self._last = tenant
+
+    def admitted(self, track: Track) -> None:
+        """Charge the part of a prompt that is to be computed; called once, when it is first admitted."""
+        track.key = (0, self._num_admitted)
+        self._num_admitted += 1
+        self._counters[track.seq.request.tenant] += INPUT_WEIGHT * track.seq.num_uncomputed
+
+    def served(self, plan: StepPlan, result: StepResult) -> None:
+        """Charge a step's tokens."""
+        counters = self._counters
+        for chunk, new in zip(plan.chunks, result.tokens, strict=True):
+            if new:
+                counters[chunk.seq.request.tenant] += OUTPUT_WEIGHT * len(new)
+
+    def _lift(self, tenant: str) -> None:
+        """No credit for time without work: not less than those who wait, or than who waited last."""
+        counters = self._counters
+        if self._queues:
+            floor = min(counters[waiting] for waiting in self._queues)
+        else:
+            floor = 0 if self._last is None else counters[self._last]
+        counters[tenant] = max(counters.get(tenant, 0), floor)
+
+
+def queue_for(policy: str) -> Waiting:
+    """The waiting queue that a policy needs."""
+    return FairQueue() if policy == "fair" else WaitingQueue()
