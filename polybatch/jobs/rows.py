@@ -55,7 +55,7 @@ class Io:
 
 
 class RowRunner:
-    """One run over the rows of a job that lack a result. Make and use it in the thread of `io`, but for `run`.
+    """One run over the rows of a job that lack a result. Made in the thread of `io`, run in the event loop.
 
     answer: ends every row one way or another; what it raises ends the run, with its rows still to do.
     report: called in that thread with the progress, after every row.
@@ -92,18 +92,15 @@ class RowRunner:
                     if line is None:
                         self._slots.release()
                         break
-                    rows.create_task(self._one(line))
+                    # Not in the task, which is never begun if it is cancelled first.
+                    rows.create_task(self._one(line)).add_done_callback(lambda _: self._slots.release())
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None
         finally:
             await self._io(self._results.flush, True)
 
     async def _one(self, line: Line) -> None:
-        try:
-            answer = await self._answer(line)
-            await self._io(self._write, line, answer)
-        finally:
-            self._slots.release()
+        await self._io(self._write, line, await self._answer(line))
 
     def _write(self, line: Line, answer: Answer) -> None:
         if answer.summary is None:
