@@ -104,7 +104,7 @@ class ParallelExecutor(ShardedExecutor):
                 where = device_of(device, 0)
                 if where != "cpu":
                     torch.cuda.set_device(where)
-                ranks = join(team.store, 0, size, torch.device(where))
+                ranks = self._group = join(team.store, 0, size, torch.device(where))
                 team.on_failure = ranks.abort
                 own = ShardedWeights(weights, Shard(0, size))
                 super().__init__(own, ranks=ranks, device=where, **settings)
@@ -148,6 +148,9 @@ class ParallelExecutor(ShardedExecutor):
         if self._team.failure is None:
             super().close()
         self._team.close()
+        # Graphs go before what they send over.
+        self._graphs = None
+        self._group.abort()
 
     def _wait(self, event: torch.cuda.Event | None) -> None:
         """Wait for an event, None for all that was launched, or for the failure of a rank."""

@@ -91,8 +91,8 @@ class RankGroup(Ranks):
             _finish(self._group.broadcast([x], self._from_first))
 
     def abort(self) -> None:
-        """Let whatever waits for other ranks fail."""
-        if hasattr(self._group, "abort"):
+        """Give up whatever waits for other ranks on a GPU. Between processes a lost one shows by itself."""
+        if isinstance(self._group, getattr(dist, "ProcessGroupNCCL", ())):
             self._group.abort()
 
 

@@ -30,7 +30,7 @@ START_S = 1800.0
 STOP_S = 10.0
 """To end when asked."""
 
-GRACE_S = 5.0
+GRACE_S = 2.0
 """From a failed exchange to the reason that the other rank gives for it."""
 
 
