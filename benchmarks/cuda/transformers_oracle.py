@@ -5,6 +5,7 @@
     logits  two random layers of every family against transformers (and peft): prompts in chunks, ragged
             decode batches, adapters mixed with base rows; relative error below 2e-2 in bfloat16, 1e-4 in
             float32
+    allocations  steps take no device memory, whatever they hold
     gate    `polybatch selfcheck` in float32 on the example adapters, and how far bfloat16 rows move when they
             are batched: its noise floor, which has no limit
     tokens  greedy tokens of a real model in float32 equal those that the CPU gave, kept in a JSON file that
@@ -29,6 +30,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.cuda.adapters import RandomAdapters
 from polybatch.adapters.store import AdapterStore
 from polybatch.bench import results
 from polybatch.bench.random_adapters import write_adapters
@@ -125,7 +127,7 @@ def _tokens(count: int, seed: int) -> list[int]:
 
 def _llm(model: str, device: str, dtype: str, adapters: dict[str, Path] | None = None) -> LLM:
     return LLM(
-        model, adapters, device=device, dtype=dtype, memory="1GiB", max_model_len=1024, max_num_seqs=64,
+        model, adapters, device=device, dtype=dtype, memory="1GiB", max_model_len=1024, max_num_seqs=16,
         max_num_batched_tokens=512,
     )  # fmt: skip
 
@@ -213,11 +215,38 @@ def tokens(device: str, model: str, reference: Path) -> Iterator[Check]:
         yield Check(f"greedy tokens of prompt {number}", float(place is not None), 0.5, place is None, note)
 
 
+def allocations(device: str) -> Iterator[Check]:
+    """Steps allocate no device memory: mixed and decode steps, adapters loaded and evicted on the way."""
+    llm = LLM("random:llama-3.2-1b", device=device, memory="256MiB", max_model_len=1024, max_num_seqs=16,
+              max_num_batched_tokens=512)  # fmt: skip
+    with closing(llm):
+        store = llm.core.store
+        assert isinstance(store, AdapterStore)
+        ranks = {f"a{number}": 8 << number % 3 for number in range(6)}
+        RandomAdapters(llm.spec, device=device, buffer_bytes=2**26).register(store, ranks)
+        params = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
+        names = [None, *ranks] * 4
+        before = 0
+        for turn in range(2):
+            prompts = [_tokens(20 + 13 * row, 100 * turn + row) for row in range(len(names))]
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_stats()["allocation.all.allocated"]
+            llm.generate(prompts, params, adapter=names)
+        torch.cuda.synchronize()
+        count = torch.cuda.memory_stats()["allocation.all.allocated"] - before
+        loads = llm.stats().scheduler.num_adapter_loads
+        steps = llm.stats().times.num_steps
+        note = f"{steps} steps, {loads} adapter loads"
+        yield Check("device allocations in steps", float(count), 0.5, count == 0, note)
+
+
 def _checks(arguments: argparse.Namespace, folder: Path) -> Iterator[Check]:
     wanted = arguments.only.split(",")
     if "logits" in wanted:
         for dtype in ("float32", "bfloat16"):
             yield from logits(arguments.device, dtype, folder / dtype)
+    if "allocations" in wanted and arguments.device == "cuda":
+        yield from allocations(arguments.device)
     if "gate" in wanted and arguments.model:
         yield from gate(arguments.device, arguments.model)
     if "tokens" in wanted and arguments.model and arguments.reference:
@@ -231,7 +260,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--only", default="logits,gate,tokens")
+    parser.add_argument("--only", default="logits,allocations,gate,tokens")
     parser.add_argument("--model", help="a real checkpoint, for gate and tokens")
     parser.add_argument("--reference", type=Path, help="JSON with the CPU's tokens")
     parser.add_argument("--write-reference", type=Path, help="make that file and do nothing else")

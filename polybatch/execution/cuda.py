@@ -247,7 +247,7 @@ class CudaExecutor:
         changes = self._table.changes()
         self._announce(stage, filled, size, *changes)
         stage.fields.send()
-        self._send_pages(*changes)
+        self._table.send(*changes)
         if self._is_cuda:
             self._adapters.wait(layout.digests)
         if size is not None and self._graphs is not None:
@@ -320,17 +320,6 @@ class CudaExecutor:
 
         size: of the graph to replay. indices, values: what is new in the page table.
         """
-
-    def _send_pages(self, indices: Int64s, values: Array) -> None:
-        """Tell the device's page table what is new."""
-        if len(indices):
-            at, held = torch.from_numpy(indices), torch.from_numpy(values)
-            if self._is_cuda:
-                at, held = at.pin_memory(), held.pin_memory()
-            flat = self._table.on.view(-1)
-            flat.index_copy_(
-                0, at.to(self._device, non_blocking=True), held.to(self._device, non_blocking=True)
-            )
 
     def _check(self, *sizes: int) -> None:
         names = ("max_num_tokens", "max_num_seqs", "max_model_len", "max_num_logits")

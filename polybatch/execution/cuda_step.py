@@ -16,12 +16,16 @@ import numpy as np
 import torch
 
 from polybatch.errors import EngineError
-from polybatch.execution.step_fields import Shape
+from polybatch.execution.step_fields import Shape, StepFields
 from polybatch.request import Sequence
 from polybatch.scheduling.plan import PENDING, Chunk, LogitRows, StepPlan
 
 Array = np.ndarray[Any, Any]
 Int64s = np.ndarray[Any, np.dtype[np.int64]]
+
+
+_CHANGES = 1024
+"""Entries of the page table that one copy brings to the device; a decode step needs a few."""
 
 
 class PageTable:
@@ -33,6 +37,7 @@ class PageTable:
         self._num_known = [0] * max_seqs
         self._free = list(range(max_seqs - 1, -1, -1))
         self._changes: list[tuple[int, int, int]] = []
+        self._fields = StepFields({"at": ((_CHANGES,), np.int64), "pages": ((_CHANGES,), np.int32)}, device)
 
     def release(self, seq: Sequence) -> None:
         """Take a sequence's row back."""
@@ -67,6 +72,17 @@ class PageTable:
         self._changes.clear()
         indices = np.concatenate(spans) if spans else np.zeros(0, dtype=np.int64)
         return indices, self.host.reshape(-1)[indices]
+
+    def send(self, indices: Int64s, pages: Array) -> None:
+        """Write what `changes` gave to the device, in the order of the current stream."""
+        for low in range(0, len(indices), _CHANGES):
+            count = min(_CHANGES, len(indices) - low)
+            views = self._fields.open()
+            views["at"][:count] = indices[low : low + count]
+            views["pages"][:count] = pages[low : low + count]
+            self._fields.send()
+            on = self._fields.on
+            self.on.view(-1).index_copy_(0, on["at"][:count], on["pages"][:count])
 
 
 @dataclass(frozen=True, slots=True)

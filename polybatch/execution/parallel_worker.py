@@ -83,7 +83,7 @@ class Follower(ShardedExecutor):
             )
         raw[:] = np.frombuffer(step.fields, np.uint8)
         stage.fields.send()
-        self._send_pages(
+        self._table.send(
             np.frombuffer(step.page_indices, np.int64), np.frombuffer(step.page_values, np.int32)
         )
         if step.graph is not None:
