@@ -3,12 +3,14 @@
     python -m benchmarks.cuda.linear [--quick] [--out linear.json]
 
 Claim: with 4-bit weights a layer's linears take at most 1/3.3 of cuBLAS's time at 1 to 16 tokens, 1/3 at 32,
-1/2 at 64 and 1/1.3 at 128. First every kernel is held to a float64 product (fresh random inputs, outputs full
-of NaN); nothing is timed unless all agree. A time is the median replay of a CUDA graph over as many copies
-of a layer as overflow the cache several times. For each shape and number of tokens the fastest of a grid of
-configurations stands beside the one that `int4_config` picks. The bandwidth is weights, scales,
-inputs and outputs once each over the time, in percent of READ_GBS, measured on such a card. "early" is
-programmatic dependent launch: a program starts while the kernel before it ends.
+1/2 at 64 and 1/1.3 at 128, and 1.15 of it in prefill from 2048 on. First every kernel is held to a float64
+product (fresh random inputs, outputs full of NaN); nothing is timed unless all agree.
+
+Two measures, both replays of CUDA graphs over more weights than the cache holds, the variants taking turns,
+medians. "layers": the four linears one after the other in LAYERS_TIMED layers, as a model runs them; the bars
+are held to this. "shapes": one shape again and again, for each of a grid of configurations; the best of each
+class is printed as `cuda_config` writes it. The bandwidth is weights, scales, inputs and outputs once each
+over the time, in percent of READ_GBS, measured on such a card.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -28,15 +30,8 @@ from pathlib import Path
 import torch
 import triton
 
-from polybatch.kernels.linear.cuda import (
-    FUSED_TOKENS,
-    Fp8Linear,
-    Int4Config,
-    Int4Linear,
-    LinearWorkspace,
-    int4_config,
-    pack,
-)
+from polybatch.kernels.linear.cuda import FUSED_TOKENS, Fp8Linear, Int4Linear, LinearWorkspace, pack
+from polybatch.kernels.linear.cuda_config import Int4Config, int4_config
 from polybatch.kernels.linear.cuda_pack import Int4Layout, pack_int4
 from polybatch.kernels.linear.quantize_symmetric import (
     QuantizedTensor,
@@ -48,22 +43,39 @@ from polybatch.kernels.linear.quantize_symmetric import (
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512)
 PREFILL_TOKENS = (1024, 2048, 8192)
-BARS = {1: 3.3, 8: 3.3, 16: 3.3, 32: 3.0, 64: 2.0, 128: 1.3}
+BARS = {1: 3.3, 8: 3.3, 16: 3.3, 32: 3.0, 64: 2.0, 128: 1.3, 2048: 1 / 1.15, 8192: 1 / 1.15}
 READ_GBS = 3090.0
 LAYERS = 32
+LAYERS_TIMED = 4
 CHECKED_TOKENS = (1, 3, 16, 17, 33, 64, 100, 128, 200, 512, 700)
-EARLY_TOKENS = 64
 COLD_BYTES = 200 << 20
 Run = Callable[[torch.Tensor], object]
-# Tile of tokens -> tiles of rows, warps, stages.
-TILES = {
-    16: ((64, 4, 4), (64, 4, 5), (128, 4, 4), (128, 8, 4)),
-    32: ((64, 4, 4), (128, 8, 4), (128, 4, 4)),
-    64: ((64, 4, 3), (128, 8, 3), (128, 8, 2)),
-    128: ((128, 8, 3), (128, 8, 2)),
+# Tile of tokens -> tiles of rows, warps, stages, columns, whether scaled.
+TILES: dict[int, tuple[tuple[int, int, int, int, bool], ...]] = {
+    16: ((64, 4, 3, 64, False), (64, 4, 4, 64, False), (128, 4, 4, 64, False), (128, 8, 4, 64, False)),
+    32: ((64, 4, 3, 64, False), (64, 4, 4, 64, False), (128, 8, 3, 64, False), (128, 8, 4, 64, False)),
+    64: (
+        (64, 4, 3, 64, False),
+        (64, 4, 4, 32, True),
+        (128, 8, 3, 32, True),
+        (128, 8, 4, 32, True),
+        (256, 8, 4, 32, True),
+        (256, 16, 4, 32, True),
+    ),
+    128: (
+        (64, 4, 3, 32, True),
+        (128, 8, 4, 16, True),
+        (128, 8, 4, 32, True),
+        (256, 8, 3, 32, True),
+        (256, 16, 3, 32, True),
+        (256, 16, 4, 32, True),
+    ),
+    256: ((128, 8, 3, 32, True),),
 }
 PROGRAMS = (0, 132, 264, 396, 528)
 """Wanted in all; the inputs are split to come near. 0: not split."""
+PREFETCH_MIB = (0, 8, 32)
+"""Tried with the best configuration, besides the usual one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +100,9 @@ class Case:
 
 
 CASES = (
-    Case(6144, 4096, 128, False, torch.bfloat16, (3, 17, 33, 128)),
+    Case(6144, 4096, 128, False, torch.bfloat16, (3, 17, 33, 128, 200)),
     Case(4096, 14336, 128, False, torch.bfloat16),
-    Case(520, 1096, 128, True, torch.bfloat16),
+    Case(520, 1096, 128, True, torch.bfloat16, (33, 128)),
     Case(1000, 648, None, False, torch.float16),
     Case(392, 2056, 256, True, torch.float16),
 )
@@ -98,14 +110,20 @@ CASES = (
 
 def candidates(tokens: int, layout: Int4Layout) -> list[Int4Config]:
     """The grid for a number of tokens, without repetitions."""
-    sizes = [size for size in TILES if size >= min(tokens, 64)][: 2 if tokens > 64 else 1]
+    if tokens > 128:
+        sizes: Iterable[int] = (128, 256)
+    else:
+        sizes = (next(size for size in TILES if size >= tokens),)
     found: dict[Int4Config, None] = {}
     for block_m in sizes:
-        for block_out, warps, stages in TILES[block_m]:
+        for block_out, warps, stages, columns, is_scaled in TILES[block_m]:
+            if layout.rows % block_out:
+                continue
             programs = layout.rows // block_out * -(-tokens // block_m)
             for wanted in PROGRAMS if tokens <= 128 else (0,):
-                split = max(1, min(round(wanted / programs), layout.k_tiles // 2))
-                found[Int4Config(block_m, block_out, split, warps, stages)] = None
+                split = max(1, min(round(wanted / programs), layout.k_tiles // 2, 8))
+                config = Int4Config(block_m, block_out, split, warps, stages, columns, is_scaled)
+                found[replace(config, max_registers=128 if columns == 16 else None)] = None
     return list(found)
 
 
@@ -117,24 +135,28 @@ def random_layout(out: int, inputs: int) -> Int4Layout:
     return Int4Layout(out, inputs, words, packed, None, True, False)
 
 
-def time_us(calls: list[Callable[[], object]], repeats: int) -> float:
-    """Median microseconds per call, all captured in one graph."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
+def time_in_turns(calls: list[list[Callable[[], object]]], repeats: int) -> list[float]:
+    """Median microseconds of each list of calls, captured in a graph of its own; the graphs take turns."""
+    graphs = []
+    for one in calls:
+        for call in one[:2]:
             call()
-    times: list[float] = []
-    for _ in range(repeats + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        graph.replay()
-        end.record()
         torch.cuda.synchronize()
-        times.append(1000 * start.elapsed_time(end) / len(calls))
-    return statistics.median(times[2:])
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for call in one:
+                call()
+        graphs.append(graph)
+    times: list[list[float]] = [[] for _ in graphs]
+    for _ in range(repeats + 1):
+        for graph, mine in zip(graphs, times, strict=True):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            start.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            mine.append(1000 * start.elapsed_time(end))
+    return [statistics.median(mine[1:]) for mine in times]
 
 
 class Comparison:
@@ -170,20 +192,42 @@ def check_int4(comparison: Comparison, case: Case) -> None:
         expected = x.double() @ exact
         label = f"int4 {case} M {tokens}"
         comparison.hold(label, partial(linear.forward, x), expected, case.dtype, limit)
-        if tokens > FUSED_TOKENS:
-            config = int4_config(tokens, layout.rows, layout.k_tiles)
-            run = fused(linear, x, config)
-            comparison.hold(f"{label} fused", run, expected, case.dtype, limit)
-        elif tokens in case.all_configs:
-            for config in configs_to_check(tokens, layout):
-                run = fused(linear, x, config)
-                comparison.hold(f"{label} {config}", run, expected, case.dtype, limit)
+        for config in configs_to_check(tokens, layout, case):
+            comparison.hold(f"{label} {config}", fused(linear, x, config), expected, case.dtype, limit)
 
 
-def configs_to_check(tokens: int, layout: Int4Layout) -> list[Int4Config]:
-    """The grid, and the same with early launches where they are timed."""
+def configs_to_check(tokens: int, layout: Int4Layout, case: Case) -> list[Int4Config]:
+    """Besides what `forward` takes: the grid, and its first configuration launched in the ordinary way."""
+    if tokens > FUSED_TOKENS:
+        return [int4_config(tokens, layout.rows, layout.k_tiles)]
+    if tokens not in case.all_configs:
+        return []
     configs = candidates(tokens, layout)
-    return configs + [replace(c, is_dependent=True) for c in configs if tokens <= EARLY_TOKENS]
+    return [*configs, replace(configs[0], is_dependent=False)]
+
+
+def check_chain(comparison: Comparison) -> None:
+    """Layers that feed each other: started early, their results are the bits of ordinary launches."""
+    workspace = LinearWorkspace("cuda", torch.bfloat16, 4096)
+    layers = [Int4Linear(random_layout(4096, 4096), workspace) for _ in range(12)]
+    for tokens in (1, 32, 64, 128):
+        config = int4_config(tokens, 4096, 16)
+        layers[0].reserve([(tokens, config)])
+        x = torch.randn(tokens, 4096, device="cuda").bfloat16()
+        ordinary = run_chain(layers, x, replace(config, is_dependent=False))
+        for _ in range(10):
+            comparison.compared += 1
+            if not torch.equal(run_chain(layers, x, config), ordinary):
+                comparison.wrong.append(f"chain of M {tokens}: an early start changes the result")
+
+
+def run_chain(layers: list[Int4Linear], x: torch.Tensor, config: Int4Config) -> torch.Tensor:
+    buffers = [torch.full_like(x, float("nan")) for _ in layers]
+    for layer, buffer in zip(layers, buffers, strict=True):
+        layer.forward_fused(x, buffer, config)
+        x = buffer
+    assert not x.isnan().any()
+    return x
 
 
 def compile_all() -> None:
@@ -195,14 +239,20 @@ def compile_all() -> None:
             scales = weight.scales.half() if case.zeros else weight.scales
             layout = pack_int4(QuantizedTensor("int4", weight.values, scales, zeros, weight.group_size))
             linear = Int4Linear(layout, LinearWorkspace("cuda", case.dtype, 4096))
-            x = torch.empty(512, case.inputs, device="cuda", dtype=case.dtype)
-            out = torch.empty(512, case.out + 32, device="cuda", dtype=case.dtype)[:, 16:-16]
+            x = torch.empty(1024, case.inputs, device="cuda", dtype=case.dtype)
+            out = torch.empty(1024, case.out + 32, device="cuda", dtype=case.dtype)[:, 16:-16]
             for tokens in CHECKED_TOKENS:
-                configs = [int4_config(tokens, layout.rows, layout.k_tiles)]
-                if tokens in case.all_configs:
-                    configs += configs_to_check(tokens, layout)
-                for config in configs:
-                    linear.compile_fused(x, out, config)
+                chosen = int4_config(tokens, layout.rows, layout.k_tiles)
+                for config in [chosen, *configs_to_check(tokens, layout, case)]:
+                    linear.compile_fused(x[:tokens], out[:tokens], config)
+        workspace = LinearWorkspace("cuda", torch.bfloat16, 1024)
+        for num_out, inputs in SHAPES.values():
+            linear = Int4Linear(random_layout(num_out, inputs), workspace)
+            x = torch.empty(256, inputs, device="cuda", dtype=torch.bfloat16)
+            out = torch.empty(256, num_out, device="cuda", dtype=torch.bfloat16)
+            for tokens in (16, 32, 64, 128, 256):
+                for config in candidates(tokens, linear.layout):
+                    linear.compile_fused(x[:tokens], out[:tokens], config)
 
 
 def fused(linear: Int4Linear, x: torch.Tensor, config: Int4Config) -> Run:
@@ -231,48 +281,78 @@ def wide_copy(values: torch.Tensor) -> Run:
 class Shape:
     """Copies of one layer in every precision, enough of them to overflow the cache."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, workspace: LinearWorkspace) -> None:
         out, inputs = SHAPES[name]
         self.name = name
-        workspace = LinearWorkspace("cuda", torch.bfloat16, max(PREFILL_TOKENS))
-        copies = max(2, -(-COLD_BYTES // (out * inputs // 2)))
+        copies = max(LAYERS_TIMED, -(-COLD_BYTES // (out * inputs // 2)))
         self.int4 = [Int4Linear(random_layout(out, inputs), workspace) for _ in range(copies)]
-        few = max(2, -(-COLD_BYTES // (out * inputs)))
+        few = max(LAYERS_TIMED, -(-COLD_BYTES // (out * inputs)))
         weights = [torch.randn(out, inputs, device="cuda").bfloat16() * 0.02 for _ in range(few)]
         self.plain = [pack(w, None, workspace) for w in weights]
         self.fp8 = [pack(w, "fp8", workspace) for w in weights]
 
-    def measure(self, tokens: int, repeats: int) -> list[Timing]:
+    def inputs(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         out, inputs = SHAPES[self.name]
         x = torch.randn(tokens, inputs, device="cuda").bfloat16()
-        y = torch.empty(tokens, out, device="cuda", dtype=torch.bfloat16)
-        timings: list[Timing] = []
+        return x, torch.empty(tokens, out, device="cuda", dtype=torch.bfloat16)
 
-        def time_all(kind: str, runs: list[Run], config: Int4Config | None = None) -> Timing:
-            us = time_us([partial(run, y) for run in runs], repeats)
-            timings.append(Timing(self.name, tokens, kind, us, config))
-            return timings[-1]
-
-        time_all("cublas", [partial(linear.forward, x) for linear in self.plain])
-        time_all("fp8", [partial(linear.forward, x) for linear in self.fp8])
-        if tokens > FUSED_TOKENS:
-            layout = self.int4[0].layout
-            config = int4_config(tokens, layout.rows, layout.k_tiles)
-            time_all("int4 chosen", [partial(linear.forward, x) for linear in self.int4[:2]])
-            time_all("int4", [fused(linear, x, config) for linear in self.int4[:2]], config)
-            return timings
-        time_all("int4 chosen", [partial(linear.forward, x) for linear in self.int4])
-        grid = [
-            time_all("int4", [fused(linear, x, config) for linear in self.int4], config)
-            for config in candidates(tokens, self.int4[0].layout)
-        ]
-        if tokens > EARLY_TOKENS:
-            return timings
-        best = min(grid, key=lambda t: t.us).config
+    def measure(self, tokens: int, repeats: int) -> list[Timing]:
+        """Every kind and configuration, and the best one with other amounts of prefetching."""
+        layout = self.int4[0].layout
+        configs = candidates(tokens, layout)
+        kinds: dict[tuple[str, Int4Config | None], list[Run]] = {}
+        x, y = self.inputs(tokens)
+        few = slice(None) if tokens <= FUSED_TOKENS else slice(2)
+        kinds["cublas", None] = [partial(linear.forward, x) for linear in self.plain[few]]
+        kinds["fp8", None] = [partial(linear.forward, x) for linear in self.fp8[few]]
+        kinds["chosen", None] = [partial(linear.forward, x) for linear in self.int4[few]]
+        for config in configs:
+            kinds["int4", config] = [fused(linear, x, config) for linear in self.int4[few]]
+        timings = self._time(kinds, tokens, y, repeats)
+        best = min((t for t in timings if t.kind == "int4"), key=lambda t: t.us).config
         assert best is not None
-        early = replace(best, is_dependent=True)
-        time_all("int4 early", [fused(linear, x, early) for linear in self.int4], early)
-        return timings
+        variants = [replace(best, is_dependent=False), best]
+        variants += [replace(best, prefetch_mib=mib) for mib in PREFETCH_MIB]
+        again: dict[tuple[str, Int4Config | None], list[Run]] = {
+            ("variant", v): [fused(linear, x, v) for linear in self.int4[few]] for v in variants
+        }
+        return timings + self._time(again if tokens <= 128 else {}, tokens, y, repeats)
+
+    def _time(
+        self,
+        kinds: dict[tuple[str, Int4Config | None], list[Run]],
+        tokens: int,
+        y: torch.Tensor,
+        repeats: int,
+    ) -> list[Timing]:
+        times = time_in_turns([[partial(run, y) for run in runs] for runs in kinds.values()], repeats)
+        return [
+            Timing(self.name, tokens, kind, us / len(runs), config)
+            for ((kind, config), runs), us in zip(kinds.items(), times, strict=True)
+        ]
+
+
+def measure_layers(shapes: list[Shape], tokens: int, timings: list[Timing], repeats: int) -> list[Timing]:
+    """The linears of whole layers in turn; "best": with the configurations that were fastest alone."""
+    calls: dict[str, list[Callable[[], object]]] = {
+        k: [] for k in ("cublas", "fp8", "chosen", "best", "plain")
+    }
+    buffers = [shape.inputs(tokens) for shape in shapes]
+    for layer in range(LAYERS_TIMED):
+        for shape, (x, y) in zip(shapes, buffers, strict=True):
+            layout = shape.int4[layer].layout
+            chosen = int4_config(tokens, layout.rows, layout.k_tiles)
+            alone = [t for t in timings if (t.shape, t.tokens, t.kind) == (shape.name, tokens, "int4")]
+            best = min(alone, key=lambda t: t.us).config or chosen
+            calls["cublas"].append(partial(shape.plain[layer].forward, x, y))
+            calls["fp8"].append(partial(shape.fp8[layer].forward, x, y))
+            calls["chosen"].append(partial(shape.int4[layer].forward, x, y))
+            calls["best"].append(partial(fused(shape.int4[layer], x, best), y))
+            # Without early starts, to see what they bring.
+            ordinary = replace(best, is_dependent=False)
+            calls["plain"].append(partial(fused(shape.int4[layer], x, ordinary), y))
+    times = time_in_turns(list(calls.values()), repeats)
+    return [Timing("layers", tokens, k, us / LAYERS_TIMED) for k, us in zip(calls, times, strict=True)]
 
 
 def num_bytes(shape: str, tokens: int) -> float:
@@ -283,34 +363,58 @@ def num_bytes(shape: str, tokens: int) -> float:
 def describe(timing: Timing) -> str:
     c = timing.config
     assert c is not None
-    return f"{c.block_m}x{c.block_out}/{c.split} w{c.num_warps} s{c.num_stages} {timing.us:.1f}"
+    tile = f"{c.block_m}x{c.block_out}/{c.split} w{c.num_warps} s{c.num_stages} c{c.columns}"
+    return f"{tile}{' scaled' if c.is_scaled else ''} {timing.us:.1f}"
 
 
-KINDS = ("cublas", "fp8", "int4 chosen", "int4", "int4 early")
+def as_source(config: Int4Config) -> str:
+    tail = f", {config.columns}, {config.is_scaled}" if config.is_scaled else ""
+    tail += f", max_registers={config.max_registers}" if config.max_registers else ""
+    numbers = (config.block_m, config.block_out, config.split, config.num_warps, config.num_stages)
+    return f"Int4Config({', '.join(map(str, numbers))}{tail})"
 
 
-def show(timings: list[Timing], tokens_list: tuple[int, ...]) -> None:
-    """A line per shape and number of tokens in microseconds, then whole models in milliseconds."""
-    print("shape        M  " + " ".join(f"{kind:>11}" for kind in KINDS) + "  ratio  % bw  three best")
-    sums = []
+def show_shapes(timings: list[Timing], tokens_list: tuple[int, ...]) -> None:
+    """A line per shape and number of tokens, microseconds; then the best in variants: launch, prefetch."""
+    print("\nshapes       M    cublas      fp8   chosen     best  ratio % bw  four best || launch or MiB")
     for tokens in tokens_list:
-        total = dict.fromkeys(KINDS, 0.0)
         for shape in SHAPES:
             here = [t for t in timings if (t.shape, t.tokens) == (shape, tokens)]
-            us = {kind: min((t.us for t in here if t.kind == kind), default=float("nan")) for kind in KINDS}
-            total = {kind: total[kind] + us[kind] for kind in KINDS}
-            share = 100 * num_bytes(shape, tokens) / us["int4"] / (READ_GBS * 1e3)
-            best = sorted((t for t in here if t.kind == "int4"), key=lambda t: t.us)[:3]
-            columns = " ".join(f"{us[kind]:11.1f}" for kind in KINDS)
-            ratio = us["cublas"] / us["int4"]
-            configs = " | ".join(map(describe, best))
-            print(f"{shape:8} {tokens:5}  {columns} {ratio:6.2f} {share:5.0f}  {configs}")
-        sums.append((tokens, total))
-    print(f"\nlinears of {LAYERS} layers, ms; cuBLAS over int4 as chosen and at best; bar")
-    for tokens, total in sums:
-        columns = " ".join(f"{LAYERS * total[kind] / 1000:11.3f}" for kind in KINDS)
-        ratios = f"{total['cublas'] / total['int4 chosen']:6.2f} {total['cublas'] / total['int4']:6.2f}"
-        print(f"         {tokens:5}  {columns} {ratios}  {BARS.get(tokens, '')}")
+            us = [min(t.us for t in here if t.kind == kind) for kind in ("cublas", "fp8", "chosen", "int4")]
+            share = 100 * num_bytes(shape, tokens) / us[3] / (READ_GBS * 1e3)
+            configs = " | ".join(
+                map(describe, sorted((t for t in here if t.kind == "int4"), key=lambda t: t.us)[:4])
+            )
+            variants = " ".join(
+                f"{t.config.prefetch_mib if t.config.is_dependent else 'ordinary'}:{t.us:.1f}"
+                for t in here
+                if t.kind == "variant" and t.config
+            )
+            columns = " ".join(f"{u:8.1f}" for u in us)
+            print(
+                f"{shape:8} {tokens:5}  {columns} {us[0] / us[3]:6.2f} {share:4.0f}  {configs} || {variants}"
+            )
+    print("\nfastest alone, as cuda_config writes them")
+    for tokens in (t for t in tokens_list if t <= FUSED_TOKENS):
+        for shape in SHAPES:
+            alone = [t for t in timings if (t.shape, t.tokens, t.kind) == (shape, tokens, "int4")]
+            config = min(alone, key=lambda t: t.us).config
+            assert config is not None
+            print(f"  {tokens:4} _{shape.upper()}: {as_source(config)},")
+
+
+def show_layers(timings: list[Timing], tokens_list: tuple[int, ...]) -> None:
+    """Whole models in milliseconds."""
+    floor = sum(num_bytes(shape, 1) for shape in SHAPES) / (READ_GBS * 1e3) * LAYERS / 1000
+    print(f"\nlayers: linears of {LAYERS}, ms; weights alone {floor:.2f}; plain: best in ordinary launches")
+    print("             M   cublas      fp8   chosen     best    plain  cublas/chosen cublas/best  bar")
+    for tokens in tokens_list:
+        us = {t.kind: t.us for t in timings if (t.shape, t.tokens) == ("layers", tokens)}
+        columns = " ".join(f"{LAYERS * value / 1000:8.3f}" for value in us.values())
+        chosen, best = us["cublas"] / us["chosen"], us["cublas"] / us["best"]
+        bar = BARS.get(tokens)
+        verdict = "" if bar is None else f"{bar:.2f} {'met' if chosen >= bar else 'MISSED'}"
+        print(f"         {tokens:5} {columns} {chosen:14.2f} {best:11.2f}  {verdict}")
 
 
 def main() -> None:
@@ -327,20 +431,23 @@ def main() -> None:
     comparison = Comparison()
     for case in CASES:
         check_int4(comparison, case)
+    check_chain(comparison)
     check_fp8(comparison)
     seconds = time.perf_counter() - start
     print(f"{comparison.compared} products held to float64 in {seconds:.0f} s, {len(comparison.wrong)} wrong")
     if comparison.wrong:
         sys.exit("\n".join(comparison.wrong[:40]))
     tokens_list = (1, 16, 32, 64, 128, 2048) if options.quick else TOKENS + PREFILL_TOKENS
-    timings = []
-    for name in SHAPES:
-        shape = Shape(name)
-        for tokens in tokens_list:
-            timings += shape.measure(tokens, 5 if options.quick else 10)
-        del shape
-        torch.cuda.empty_cache()
-    show(timings, tokens_list)
+    repeats = 9 if options.quick else 15
+    workspace = LinearWorkspace("cuda", torch.bfloat16, max(PREFILL_TOKENS))
+    shapes = [Shape(name, workspace) for name in SHAPES]
+    timings: list[Timing] = []
+    for tokens in tokens_list:
+        for shape in shapes:
+            timings += shape.measure(tokens, repeats)
+        timings += measure_layers(shapes, tokens, timings, repeats)
+    show_shapes(timings, tokens_list)
+    show_layers(timings, tokens_list)
     result = {
         "device": torch.cuda.get_device_name(),
         "compared": comparison.compared,
@@ -348,9 +455,9 @@ def main() -> None:
     }
     if options.out:
         Path(options.out).write_text(json.dumps(result))
-    fastest = {f"{t.shape}/{t.tokens}/{t.kind}": round(t.us, 2) for t in sorted(timings, key=lambda t: -t.us)}
     print(f"{time.perf_counter() - start:.0f} s")
-    print(json.dumps({"device": result["device"], "us": fastest}))
+    layers = {f"{t.tokens}/{t.kind}": round(t.us, 1) for t in timings if t.shape == "layers"}
+    print(json.dumps({"device": result["device"], "us_per_layer": layers}))
 
 
 if __name__ == "__main__":

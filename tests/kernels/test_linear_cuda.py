@@ -13,14 +13,8 @@ from triton.runtime import interpreter
 
 from polybatch.errors import ConfigError, EngineError
 from polybatch.kernels.linear import cuda
-from polybatch.kernels.linear.cuda import (
-    Fp8Linear,
-    Int4Config,
-    Int4Linear,
-    LinearWorkspace,
-    int4_config,
-    pack,
-)
+from polybatch.kernels.linear.cuda import Fp8Linear, Int4Linear, LinearWorkspace, pack
+from polybatch.kernels.linear.cuda_config import Int4Config, int4_config
 from polybatch.kernels.linear.cuda_pack import pack_int4
 from polybatch.kernels.linear.quantize_symmetric import (
     QuantizedTensor,
@@ -116,6 +110,25 @@ def test_int4_is_the_same_for_any_cut_of_the_inputs(split: int, block_m: int) ->
         result = poisoned(33, 128, torch.bfloat16)
         linear.forward_fused(x.to(DEVICE), result, config)
         assert relative_error(result, expected) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize(
+    ("columns", "group", "zeros"), [(32, 128, True), (16, 128, False), (32, 256, True), (32, None, False)]
+)
+@pytest.mark.parametrize("split", [1, 3, 10])
+def test_int4_is_the_same_with_scaled_weights_and_shorter_steps(
+    columns: int, group: int | None, zeros: bool, split: int
+) -> None:
+    inputs = 1280 if group == 256 else 1304
+    weight = random_int4(6, 200, inputs, group, zeros)
+    x = draw(3, 20, inputs, dtype=torch.bfloat16)
+    expected = x.double() @ dequantize_symmetric(weight).double().T
+    linear = Int4Linear(pack_int4(weight.to(DEVICE)), workspace())
+    config = Int4Config(16, 256, split, 4, 2, columns, is_scaled=True)
+    linear.reserve([(20, config)])
+    result = poisoned(20, 200, torch.bfloat16)
+    linear.forward_fused(x.to(DEVICE), result, config)
+    assert relative_error(result, expected) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.parametrize(("group", "zeros"), [(128, True), (None, False)])
@@ -268,3 +281,5 @@ def test_every_program_of_a_configuration_has_inputs(tokens: int, rows: int, k_t
     config = int4_config(tokens, rows * 128, k_tiles)
     assert 1 <= config.split <= k_tiles
     assert (rows * 128) % config.block_out == 0
+    assert config.columns == 64 or config.is_scaled
+    assert (config.parts_at_a_time == 0) == (config.split == 1)

@@ -6,21 +6,23 @@
 
 `forward` writes `out` and returns nothing. After a first call per size it allocates nothing and may be
 captured in a CUDA graph. Layers share the workspace, so they must run one after the other on one stream.
+int4 starts early (programmatic dependent launch): a kernel before it that is itself launched so must wait for
+its own predecessor in every launch, also where it finds nothing to do.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import triton
 
 from polybatch.errors import ConfigError, EngineError
+from polybatch.kernels.linear.cuda_config import Int4Config, int4_config
 from polybatch.kernels.linear.cuda_fp8 import quantize_tokens_kernel
 from polybatch.kernels.linear.cuda_int4 import dequantize_kernel, int4_linear_kernel
-from polybatch.kernels.linear.cuda_pack import K_TILE, ROW_TILE, Int4Layout, pack_int4
+from polybatch.kernels.linear.cuda_pack import K_TILE, PLANE, ROW_TILE, Int4Layout, pack_int4
 from polybatch.kernels.linear.quantize_symmetric import (
     QuantizedTensor,
     dequantize_symmetric,
@@ -29,47 +31,13 @@ from polybatch.kernels.linear.quantize_symmetric import (
 )
 
 SCHEMES = (None, "int4", "int4-channel", "fp8")
-SCRATCH_BYTES = 64 << 20
-"""Of widened weights at a time; near the L2 cache's size, so that cuBLAS finds them there."""
+SCRATCH_BYTES = 128 << 20
+"""Of widened weights at a time: few pieces, because a product of part of the rows fills the device badly."""
 FUSED_TOKENS = 512
 """Above this many tokens, int4 weights are widened and multiplied by cuBLAS."""
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@dataclass(frozen=True, slots=True)
-class Int4Config:
-    """How int4_linear_kernel cuts its work: tile sizes, parts of the inputs, warps, pipeline stages."""
-
-    block_m: int
-    block_out: int
-    split: int
-    num_warps: int
-    num_stages: int
-    is_dependent: bool = False
-
-
-def int4_config(num_tokens: int, rows: int, k_tiles: int) -> Int4Config:
-    """A good configuration for a shape; measured by benchmarks/cuda/linear.py.
-
-    Programs wait for memory together, so all should be resident at once (a single wave) and hold enough loads
-    in flight: `split` brings their number near the target.
-    """
-    block_m, block_out, num_warps, num_stages, target = next(
-        values for most, values in _INT4_CLASSES if num_tokens <= most
-    )
-    tiles = rows // block_out * -(-num_tokens // block_m)
-    split = max(1, min(round(target / tiles), k_tiles // 2))
-    return Int4Config(block_m, block_out, split, num_warps, num_stages)
-
-
-_ANY = 1 << 62
-# Tokens up to -> tile of tokens, tile of rows, warps, stages, programs wanted.
-_INT4_CLASSES = (
-    (16, (16, 64, 4, 4, 396)),
-    (32, (32, 128, 8, 4, 264)),
-    (64, (64, 128, 8, 3, 132)),
-    (_ANY, (128, 128, 8, 3, 132)),
-)
 _LADDER = (16, 32, 64, *range(128, FUSED_TOKENS + 1, 128))
 
 
@@ -208,28 +176,36 @@ class Int4Linear:
         self, x: torch.Tensor, out: torch.Tensor, config: Int4Config
     ) -> tuple[tuple[int, int, int], tuple[Any, ...], dict[str, Any]]:
         layout = self.layout
-        grid = (layout.rows // config.block_out, config.split, -(-x.shape[0] // config.block_m))
+        out_tiles = layout.rows // config.block_out
+        grid = (-(-x.shape[0] // config.block_m), out_tiles, config.split)
+        prefetch = (config.prefetch_mib << 20) // (out_tiles * config.split * config.block_out * 2 * PLANE)
         arguments = (
             x, layout.words, layout.scales, layout.scales if layout.offsets is None else layout.offsets, out,
             self._workspace.buffer("partials"), self._workspace.buffer("arrived"),
-            x.shape[0], layout.num_in, layout.num_out, layout.rows, layout.k_tiles, config.split,
+            x.shape[0], layout.num_in, layout.num_out, layout.rows, layout.k_tiles, config.split, prefetch,
             x.stride(0), out.stride(0),
         )  # fmt: skip
+        is_dependent = config.is_dependent and not _INTERPRETED
         options: dict[str, Any] = {
             "BLOCK_M": config.block_m,
             "BLOCK_OUT": config.block_out,
-            "IS_SPLIT": config.split > 1,
+            "COLUMNS": config.columns,
+            "REDUCED": config.parts_at_a_time,
+            "THREADS": 32 * config.num_warps,
             "EVEN_K": layout.num_in % K_TILE == 0,
             "GROUPED": layout.is_grouped,
             "HAS_ZEROS": layout.offsets is not None,
             "SCALES_BF16": layout.scales_bf16,
+            "SCALED": config.is_scaled and layout.is_grouped,
             "ASSEMBLY": not _INTERPRETED,
-            "DEPENDENT": config.is_dependent,
+            "DEPENDENT": is_dependent,
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
         }
-        if config.is_dependent:
+        if is_dependent:
             options["launch_pdl"] = True
+        if config.max_registers is not None:
+            options["maxnreg"] = config.max_registers
         return grid, arguments, options
 
     def forward_widened(self, x: torch.Tensor, out: torch.Tensor) -> None:
@@ -259,8 +235,10 @@ class Int4Linear:
 
 
 def _chunk_rows(layout: Int4Layout, workspace: LinearWorkspace) -> int:
-    most = SCRATCH_BYTES // (layout.num_in * workspace.dtype.itemsize)
-    return min(layout.rows, max(1, most // ROW_TILE) * ROW_TILE)
+    """Rows to widen at a time, in pieces of about the same size."""
+    row_bytes = layout.num_in * workspace.dtype.itemsize
+    pieces = -(-layout.rows * row_bytes // SCRATCH_BYTES)
+    return -(-layout.rows // (pieces * ROW_TILE)) * ROW_TILE
 
 
 class Fp8Linear:

@@ -1,0 +1,103 @@
+"""How the int4 kernel cuts its work, by shape; measured by benchmarks/cuda/linear.py.
+
+Programs wait for memory together, so all of a launch should be resident at once, evenly loaded. A tile of
+many rows reads x seldom, which rules from 64 tokens on: x then passes through the L2 cache as often as there
+are tiles of rows, and outweighs the weights. Splitting the inputs fills the device where tiles are few, and
+costs a sum over the parts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+_ANY = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class Int4Config:
+    """Tile sizes, parts of the inputs, warps, pipeline stages of int4_linear_kernel.
+
+    columns: of a tile's 64, per step. is_scaled: scales multiply weights, not sums; columns below 64 need it.
+    is_dependent: start while the kernel before ends. prefetch_mib: weights the launch sends for meanwhile.
+    max_registers: per thread; fewer let two programs share a multiprocessor.
+    """
+
+    block_m: int
+    block_out: int
+    split: int
+    num_warps: int
+    num_stages: int
+    columns: int = 64
+    is_scaled: bool = False
+    is_dependent: bool = True
+    prefetch_mib: int = 16
+    max_registers: int | None = None
+
+    @property
+    def parts_at_a_time(self) -> int:
+        """Parts whose sums are loaded together at the end: up to 64 registers of them; 0 if not split."""
+        per_thread = self.block_m * self.block_out // (32 * self.num_warps)
+        return 0 if self.split == 1 else max(1, min(8, 64 // per_thread))
+
+
+def int4_config(num_tokens: int, rows: int, k_tiles: int) -> Int4Config:
+    """The configuration for a number of tokens and packed weights of this shape (cuda_pack)."""
+    _, default, programs, measured = next(entry for entry in _CLASSES if num_tokens <= entry[0])
+    config = measured.get((rows, k_tiles), default)
+    if config is not default:
+        return config
+    if rows % config.block_out:
+        config = replace(config, block_out=128, num_warps=8)
+    tiles = rows // config.block_out * -(-num_tokens // config.block_m)
+    return replace(config, split=max(1, min(round(programs / tiles), k_tiles // 2)))
+
+
+_QKV, _O, _GATE_UP, _DOWN = (6144, 16), (4096, 16), (28672, 16), (4096, 56)
+# Tokens up to, configuration of other shapes, programs wanted there, configurations of Llama-3.1-8B's shapes.
+_CLASSES: tuple[tuple[int, Int4Config, int, dict[tuple[int, int], Int4Config]], ...] = (
+    (
+        16,
+        Int4Config(16, 64, 1, 4, 4),
+        330,
+        {
+            _QKV: Int4Config(16, 64, 4, 4, 4),
+            _O: Int4Config(16, 64, 4, 4, 4),
+            _GATE_UP: Int4Config(16, 64, 1, 4, 3),
+            _DOWN: Int4Config(16, 64, 6, 4, 4),
+        },
+    ),
+    (
+        32,
+        Int4Config(32, 64, 1, 4, 4),
+        264,
+        {
+            _QKV: Int4Config(32, 64, 4, 4, 4),
+            _O: Int4Config(32, 64, 4, 4, 4),
+            _GATE_UP: Int4Config(32, 128, 1, 8, 4),
+            _DOWN: Int4Config(32, 64, 4, 4, 4),
+        },
+    ),
+    (
+        64,
+        Int4Config(64, 128, 1, 8, 4, 32, True),
+        264,
+        {
+            _QKV: Int4Config(64, 128, 4, 8, 4, 32, True),
+            _O: Int4Config(64, 64, 4, 4, 4, 32, True),
+            _GATE_UP: Int4Config(64, 256, 1, 16, 4, 32, True),
+            _DOWN: Int4Config(64, 128, 8, 8, 4, 32, True),
+        },
+    ),
+    (
+        128,
+        Int4Config(128, 128, 1, 8, 4, 32, True),
+        132,
+        {
+            _QKV: Int4Config(128, 128, 2, 8, 4, 32, True),
+            _O: Int4Config(128, 128, 4, 8, 4, 32, True),
+            _GATE_UP: Int4Config(128, 256, 1, 16, 4, 32, True),
+            _DOWN: Int4Config(128, 128, 4, 8, 4, 32, True),
+        },
+    ),
+    (_ANY, Int4Config(128, 256, 1, 16, 4, 32, True), 132, {}),
+)
