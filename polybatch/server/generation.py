@@ -51,10 +51,14 @@ class Generation:
     def num_prompt_tokens(self) -> int:
         return sum(len(request.prompt_token_ids) for request in self.requests)
 
-    def submit(self) -> None:
-        """Enter the queue and the engine. Raises HttpError 429 or EngineDownError."""
-        num_seqs = sum(request.params.n for request in self.requests)
-        self._ticket = self._state.admission.enter(num_seqs, self.num_prompt_tokens)
+    def submit(self, *, is_queued: bool = True) -> None:
+        """Enter the queue and the engine. Raises HttpError 429 or EngineDownError.
+
+        is_queued: False for rows of batches, which have slots of their own.
+        """
+        if is_queued:
+            num_seqs = sum(request.params.n for request in self.requests)
+            self._ticket = self._state.admission.enter(num_seqs, self.num_prompt_tokens)
         # Log-probabilities are many times the size of tokens, and go in pieces.
         is_streamed = self.call.is_streamed or self.call.call.params.logprobs is not None
         try:

@@ -14,6 +14,7 @@ from polybatch.engine.messages import RequestDelta
 from polybatch.errors import PolybatchError
 from polybatch.jobs.responses import response_body
 from polybatch.jobs.schema import Endpoint
+from polybatch.request import RequestOutput
 from polybatch.server.auth import caller_of
 from polybatch.server.bodies import decode_object, read_body
 from polybatch.server.call import ServerCall, parse_server_call
@@ -57,12 +58,20 @@ async def _answer(request: Request, endpoint: Endpoint) -> Response:
         return await _stream(request, state, call, generation, identity)
     generation.submit()
     outputs = await unless_gone(request.receive, generation.collect())
+    return JSONResponse(whole_answer(state, generation, outputs, identity))
+
+
+def whole_answer(
+    state: ServerState, generation: Generation, outputs: list[RequestOutput], identity: dict[str, Any]
+) -> dict[str, Any]:
+    """The response object of a finished generation, for live clients and for rows of batches."""
+    call = generation.call
     if call.is_prompt_only:
         outputs = [without_completions(output) for output in outputs]
     answer = response_body(call.call, outputs, **identity)
     if call.echo:
         add_echo(answer, call, _prompts(state, call, generation), outputs)
-    return JSONResponse(answer)
+    return answer
 
 
 async def _stream(
