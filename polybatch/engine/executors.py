@@ -41,6 +41,7 @@ def settle(config: EngineConfig, spec: ModelSpec, adapter_bytes: int = 0) -> Res
     available = available_memory()
     if executor_name(config) == "cuda":
         from polybatch.execution.cuda_memory import pool_bytes
+        from polybatch.execution.ranks import RESERVE_BYTES
         from polybatch.execution.sharding import shard_spec
 
         _check_devices(config)
@@ -51,6 +52,8 @@ def settle(config: EngineConfig, spec: ModelSpec, adapter_bytes: int = 0) -> Res
             max_num_tokens=prefill_tokens(config) + config.max_num_seqs, max_num_seqs=config.max_num_seqs,
             max_num_logits=CUDA_SCORED_TOKENS + config.max_num_seqs, max_model_len=max_len,
         )  # fmt: skip
+        if config.tensor_parallel_size > 1:
+            available = max(0, available - RESERVE_BYTES)
     return resolve(config, spec, page_bytes(config, spec), available, adapter_bytes)
 
 

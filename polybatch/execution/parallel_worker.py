@@ -21,7 +21,7 @@ import torch
 
 from polybatch.adapters.weights import AdapterWeights, ModuleDelta
 from polybatch.config import ModelSpec
-from polybatch.errors import EngineError
+from polybatch.errors import ConfigError, EngineError
 from polybatch.execution import parallel_messages as ms
 from polybatch.execution.cuda_adapters import CudaAdapters
 from polybatch.execution.cuda_graphs import Variant
@@ -139,7 +139,13 @@ def load(start: ms.Start, sock: socket.socket) -> Follower:
     sock.sendall(ms.encode(ms.Ready()))
     ranks = join(start.store, start.rank, start.size, device)
     own = ShardedWeights(weights, Shard(start.rank, start.size))
-    return Follower(own, ranks=ranks, device=start.device, **start.settings)
+    try:
+        return Follower(own, ranks=ranks, device=start.device, **start.settings)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"device {start.device} has less free memory than rank 0's, whose pool of pages it must hold as "
+            f"well ({error}): free memory on it, or lower memory"
+        ) from error
 
 
 def serve(sock: socket.socket) -> int:

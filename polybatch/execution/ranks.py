@@ -11,6 +11,8 @@ the others get the embedded rows.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -24,6 +26,9 @@ H_PER_ROW = 256
 """Elements of h for which a captured step has room per row: all seven modules at rank 64."""
 
 MIN_H = 8192
+
+RESERVE_BYTES = 1 << 30
+"""Of each GPU, for the library's connections to the others."""
 
 JOIN_TIMEOUT = timedelta(minutes=10)
 
@@ -92,7 +97,7 @@ class RankGroup(Ranks):
 
     def abort(self) -> None:
         """Give up whatever waits for other ranks on a GPU. Between processes a lost one shows by itself."""
-        if isinstance(self._group, getattr(dist, "ProcessGroupNCCL", ())):
+        if self._group.name() == "nccl":
             self._group.abort()
 
 
@@ -110,17 +115,39 @@ def join(store: str, rank: int, size: int, device: torch.device) -> RankGroup:
     held = dist.FileStore(store, size)  # type: ignore[attr-defined]
     group: Any
     if device.type == "cuda":
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-        # Multicast between GPUs is not to be had on every machine, and what is sent here is small.
-        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = JOIN_TIMEOUT
-        group = dist.ProcessGroupNCCL(held, rank, size, options)
+        with _environment(_NCCL_DEFAULTS):
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = JOIN_TIMEOUT
+            group = dist.ProcessGroupNCCL(held, rank, size, options)
+            ranks = RankGroup(group, rank, size)
+            ranks.reduce(torch.zeros(1, device=device))
+            torch.cuda.synchronize(device)
     else:
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
         options._timeout = JOIN_TIMEOUT
         group = dist.ProcessGroupGloo(held, rank, size, options)
-    ranks = RankGroup(group, rank, size)
-    ranks.reduce(torch.zeros(1, device=device))
+        ranks = RankGroup(group, rank, size)
+        ranks.reduce(torch.zeros(1))
     return ranks
+
+
+# Multicast between GPUs is not to be had on every machine, and what is sent here is small. The monitor would
+# look into the store for as long as the process lives.
+_NCCL_DEFAULTS = {
+    "NCCL_SOCKET_IFNAME": "lo",
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+}
+
+
+@contextmanager
+def _environment(defaults: dict[str, str]) -> Iterator[None]:
+    """Variables that libraries read, where the user has not set them; taken back afterwards."""
+    new = {name: value for name, value in defaults.items() if name not in os.environ}
+    os.environ.update(new)
+    try:
+        yield
+    finally:
+        for name in new:
+            del os.environ[name]
