@@ -18,12 +18,14 @@ if TYPE_CHECKING:
         PolybatchError,
         RequestError,
     )
+    from polybatch.mixture import Mixture
     from polybatch.request import CompletionOutput, FinishReason, Logprob, RequestOutput, SamplingParams
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "LLM": "polybatch.engine.llm",
+    "Mixture": "polybatch.mixture",
     **dict.fromkeys(
         ("SamplingParams", "RequestOutput", "CompletionOutput", "FinishReason", "Logprob"),
         "polybatch.request",
@@ -42,6 +44,7 @@ __all__ = [
     "EngineError",
     "FinishReason",
     "Logprob",
+    "Mixture",
     "ModelError",
     "PolybatchError",
     "RequestError",

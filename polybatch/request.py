@@ -132,6 +132,7 @@ class AdapterRef:
 
     digest: hash of its content; equal digests are the same weights whatever their names.
     num_pages: pages of the pool that it takes while resident.
+    parts: of a mixture (`polybatch.mixture`): the digest and scale of each adapter in it, by digest.
     """
 
     name: str

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+from polybatch.adapters.mix import MixtureCache, mix_weights, num_bytes
 from polybatch.adapters.peft_lora import load_peft
 from polybatch.adapters.weights import AdapterWeights
 from polybatch.errors import AdapterError, EngineError, RequestError
@@ -33,6 +35,7 @@ class AdapterStore:
         self._refs: dict[str, AdapterRef] = {}
         self._weights: dict[str, AdapterWeights] = {}
         self._holders: dict[str, int] = {}
+        self._mixtures = MixtureCache()
 
     def register(self, name: str, path: str | Path) -> AdapterRef:
         """Load an adapter under a name. A name in use gets the new weights; the old stay while held.
@@ -72,6 +75,37 @@ class AdapterStore:
             raise RequestError(f"adapter {name!r} is unknown: {self._hint(name)}", field="adapter")
         return ref
 
+    def mix(self, ref: AdapterRef) -> AdapterRef:
+        """Make the mixture that a reference with `parts` describes; `weights` has it while in use or kept.
+
+        Raises RequestError if a part is not in the store or cannot be mixed, or the pool cannot hold the sum.
+        """
+        known = self._mixtures.get(ref.digest)
+        if known is not None:
+            return replace(known, name=ref.name)
+        weights = self._weights.get(ref.digest)
+        if weights is None:
+            parts = [
+                (self._name_of(digest, ref), self._weights.get(digest), scale) for digest, scale in ref.parts
+            ]
+            held = [(name, part, scale) for name, part, scale in parts if part is not None]
+            if len(held) < len(parts):
+                raise RequestError(
+                    f"an adapter of the mixture {ref.name!r} is not what it was when the request came: "
+                    "send it again",
+                    field="adapter",
+                )
+            weights = mix_weights(ref.digest, held)
+        try:
+            mixed = replace(ref, num_pages=self._num_pages(weights))
+        except AdapterError as error:
+            raise RequestError(f"adapter {ref.name!r}: {error}", field="adapter") from error
+        self._weights[ref.digest] = weights
+        self.hold(ref.digest)
+        for digest in self._mixtures.put(mixed, num_bytes(weights)):
+            self.release(digest)
+        return mixed
+
     def list(self) -> tuple[AdapterRef, ...]:
         """All registered adapters, by name."""
         return tuple(self._refs[name] for name in sorted(self._refs))
@@ -98,6 +132,11 @@ class AdapterStore:
             self._holders[digest] = count - 1
         else:
             del self._holders[digest], self._weights[digest]
+
+    def _name_of(self, digest: str, mixture: AdapterRef) -> str:
+        """The name by which a mixture asked for a digest, for errors."""
+        names = (name for name, ref in self._refs.items() if ref.digest == digest)
+        return next((name for name in names if f"{name}*" in mixture.name), digest[:12])
 
     def _hint(self, name: str) -> str:
         if not self._refs:

@@ -98,7 +98,10 @@ def serve(
         float, typer.Option(rich_help_panel=_LIMITS, help="Seconds without a finished step until a restart.")
     ] = 300.0,
     scheduling_policy: Annotated[
-        str, typer.Option(rich_help_panel=_LIMITS, help="fcfs, priority (lower numbers first) or fair (between tenants).")
+        str,
+        typer.Option(
+            rich_help_panel=_LIMITS, help="fcfs, priority (lower numbers first) or fair (between tenants)."
+        ),
     ] = "fcfs",
     enable_lora: Annotated[bool, typer.Option(hidden=True)] = True,
     max_loras: Annotated[int | None, typer.Option(hidden=True)] = None,

@@ -35,6 +35,7 @@ from polybatch.engine.stats import EngineStats
 from polybatch.errors import AdapterError, ConfigError, EngineError, PolybatchError, RequestError
 from polybatch.request import AdapterRef, Request, RequestOutput, SamplingParams
 
+from polybatch.mixture import AdapterChoice
 logger = logging.getLogger("polybatch.engine")
 
 LONG_TEXT_CHARS = 20_000
@@ -253,15 +254,16 @@ class AsyncLLM:
         prompt: Sequence[int],
         params: SamplingParams | None = None,
         *,
-        adapter: str | None = None,
+        adapter: AdapterChoice = None,
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
     ) -> Request:
         """Check a request for `submit`. prompt: token ids. Raises RequestError."""
         return self._door.prepare(
+        tenant: str = "",
             f"async-{next(self._ids)}" if request_id is None else request_id,
-            prompt, params, adapter, priority=priority, cache_salt=cache_salt,
+            prompt, params, adapter, priority=priority, cache_salt=cache_salt, tenant=tenant,
         )  # fmt: skip
 
     def submit(self, request: Request, *, is_streamed: bool = True) -> RequestStream:
@@ -285,7 +287,7 @@ class AsyncLLM:
         prompt: str | Sequence[int],
         params: SamplingParams | None = None,
         *,
-        adapter: str | None = None,
+        adapter: AdapterChoice = None,
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str = "",

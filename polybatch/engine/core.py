@@ -28,6 +28,7 @@ from polybatch.engine.stats import EngineStats, StepTimes
 from polybatch.errors import EngineError, RequestError
 from polybatch.execution.executor import AheadExecutor, Executor, Launch
 from polybatch.request import FinishReason, Request, RequestOutput, SamplingParams, Sequence, SequenceStatus
+from polybatch.mixture import AdapterChoice
 from polybatch.sampling.sampler import Sampled, Sampler
 from polybatch.scheduling.plan import PENDING, LogitRows, StepPlan, StepResult
 from polybatch.scheduling.scheduler import Scheduler
@@ -102,6 +103,8 @@ class EngineCore:
             )
         seqs = self.scheduler.add(request, self._clock())
         if request.adapter is not None and self.store is not None:
+        if request.adapter is not None and request.adapter.parts and self.store is not None:
+            request = replace(request, adapter=self.store.mix(request.adapter))
             self.store.hold(request.adapter.digest)
         progress = Progress(request, stream)
         progress.completions = [Completion(seq, progress, self.tokenizer) for seq in seqs]
@@ -116,7 +119,7 @@ class EngineCore:
         request_id: str,
         prompt: str | SequenceOf[int],
         params: SamplingParams | None = None,
-        adapter: str | None = None,
+        adapter: AdapterChoice = None,
         *,
         priority: int = 0,
         stream: bool = False,

@@ -13,6 +13,7 @@ from typing import Any
 from polybatch.config import ModelSpec
 from polybatch.engine.ports import AdapterSource, TextTokenizer
 from polybatch.errors import RequestError
+from polybatch.mixture import AdapterChoice, Mixture, choice_of, mixed_ref
 from polybatch.request import AdapterRef, Request, SamplingParams
 from polybatch.sampling.random import stream
 
@@ -53,10 +54,11 @@ class Door:
         request_id: str,
         prompt: str | Sequence[int],
         params: SamplingParams | None = None,
-        adapter: str | None = None,
+        adapter: AdapterChoice = None,
         *,
         priority: int = 0,
         cache_salt: str = "",
+        tenant: str = "",
         add_special_tokens: bool = True,
     ) -> Request:
         """Resolve and check a request.
@@ -94,6 +96,7 @@ class Door:
             priority=priority,
             arrival_s=self._clock(),
             cache_salt=cache_salt,
+            tenant=tenant,
         )
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **template_args: Any) -> str:
@@ -104,10 +107,14 @@ class Door:
         """`render_chat`, as token ids. Raises RequestError."""
         return self._text().encode(self.render_chat(messages, **template_args), False)
 
-    def _adapter(self, name: str) -> AdapterRef:
+    def _adapter(self, choice: str | Mixture | None) -> AdapterRef | None:
+        if choice is None:
+            return None
         if self._adapters is None:
-            raise RequestError(f"adapter is {name!r}, but this engine has no adapters", field="adapter")
-        return self._adapters.get(name)
+            raise RequestError(f"adapter is {choice!r}, but this engine has no adapters", field="adapter")
+        if isinstance(choice, Mixture):
+            return mixed_ref(choice, self._adapters.get)
+        return self._adapters.get(choice)
 
     def _text(self) -> TextTokenizer:
         if self._tokenizer is None:

@@ -59,6 +59,9 @@ class AdapterTable:
         shown = ", ".join(known[:MAX_NAMES_IN_ERROR]) or "none"
         raise RequestError(f"adapter {name!r} is unknown; known are {shown}{more}", field="adapter")
 
+    def mix(self, ref: AdapterRef) -> AdapterRef:
+        raise EngineError("the front mixes nothing")
+
     def weights(self, digest: str) -> AdapterWeights:
         raise EngineError("the front holds no weights")
 

@@ -23,6 +23,7 @@ from polybatch.engine.executors import build_executor, settle
 from polybatch.engine.ports import TextTokenizer
 from polybatch.engine.stats import EngineStats
 from polybatch.errors import ConfigError, EngineError, RequestError
+from polybatch.mixture import AdapterChoice, Mixture, choice_of, is_pairs
 from polybatch.models.loader import load_model
 from polybatch.request import AdapterRef, Request, RequestOutput, SamplingParams
 from polybatch.scheduling.scheduler import Scheduler
@@ -31,6 +32,7 @@ logger = logging.getLogger("polybatch.engine")
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
+Adapters = AdapterChoice | Sequence[AdapterChoice]
 
 
 class LLM:
@@ -123,7 +125,7 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        adapter: str | Sequence[str | None] | None = None,
+        adapter: Adapters = None,
         *,
         priority: int | Sequence[int] = 0,
         progress: bool = False,
@@ -131,7 +133,8 @@ class LLM:
         """Complete prompts; one output per prompt, in their order.
 
         prompts: a text, a list of token ids, or a list of either.
-        sampling_params, adapter, priority: one for all prompts or one for each. progress: show a bar.
+        sampling_params, adapter, priority: one for all prompts or one for each. An adapter is a name, None
+            for the base model, or a mixture: [("a", 0.7), ("b", 0.3)]. progress: show a bar.
         Raises RequestError, before anything runs, that says which of several prompts is at fault.
         EngineError if a step fails. Nothing stays in the engine then, nor after an interrupt.
         """
@@ -142,7 +145,7 @@ class LLM:
         self,
         conversations: Messages | Sequence[Messages],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        adapter: str | Sequence[str | None] | None = None,
+        adapter: Adapters = None,
         *,
         priority: int | Sequence[int] = 0,
         progress: bool = False,
@@ -162,7 +165,7 @@ class LLM:
         return self._run(requests, progress)
 
     def stream(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, adapter: str | None = None
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, adapter: AdapterChoice = None
     ) -> Iterator[RequestOutput]:
         """Complete one prompt, yielding all that there is after every step that adds to it.
 
@@ -211,14 +214,14 @@ class LLM:
         self,
         prompts: Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        adapter: str | Sequence[str | None] | None,
+        adapter: Adapters,
         priority: int | Sequence[int],
         add_special_tokens: bool = True,
     ) -> list[Request]:
         if self._is_closed:
             raise ConfigError("this LLM is closed: create another")
         params = _spread("sampling_params", sampling_params, len(prompts), (SamplingParams, type(None)))
-        adapters = _spread("adapter", adapter, len(prompts), (str, type(None)))
+        adapters = _spread("adapter", _choices(adapter), len(prompts), (str, Mixture, type(None)))
         priorities = _spread("priority", priority, len(prompts), (int,))
         requests = []
         for index, prompt in enumerate(prompts):
@@ -290,6 +293,13 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
         return [prompts]  # type: ignore[list-item]
     return prompts  # type: ignore[return-value]
+
+
+def _choices(adapter: Adapters) -> Any:
+    """Pairs made mixtures, be they one for all prompts or in a list with one entry per prompt."""
+    if isinstance(adapter, (list, tuple)) and not is_pairs(adapter):
+        return [choice_of(entry) for entry in adapter]
+    return choice_of(adapter)  # type: ignore[arg-type]
 
 
 def _spread(name: str, value: Any, count: int, kinds: tuple[type, ...]) -> Sequence[Any]:

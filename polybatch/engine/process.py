@@ -140,7 +140,8 @@ class EngineLoop:
 
     def _check_adapter(self, request: Request) -> None:
         """Raise RequestError if the weights that the front means are not here, as after a restart."""
-        if request.adapter is None:
+        if request.adapter is None or request.adapter.parts:
+            # A mixture is made of what is here, or refused, when it is submitted.
             return
         try:
             self._adapters.weights(request.adapter.digest)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -121,6 +122,9 @@ class StubAdapters:
         if name not in self._refs:
             raise RequestError(f"adapter {name!r} is not registered", field="adapter")
         return self._refs[name]
+
+    def mix(self, ref: AdapterRef) -> AdapterRef:
+        return replace(ref, num_pages=len(ref.parts))
 
     def weights(self, digest: str) -> AdapterWeights:
         return AdapterWeights(digest, layers=())

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -228,6 +229,12 @@ class FakeAdapters:
         if name not in self._refs:
             raise RequestError(f"adapter {name!r} is unknown; known are {list(self._refs)}", field="adapter")
         return self._refs[name]
+
+    def mix(self, ref: AdapterRef) -> AdapterRef:
+        parts = [self._weights[digest].layers[0]["q_proj"] for digest, _ in ref.parts]
+        delta = ModuleDelta(torch.cat([part.a for part in parts]), torch.cat([part.b for part in parts]))
+        weights = self._weights[ref.digest] = AdapterWeights(ref.digest, ({"q_proj": delta},))
+        return replace(ref, num_pages=self._executor.adapter_pages(weights))
 
     def weights(self, digest: str) -> AdapterWeights:
         return self._weights[digest]

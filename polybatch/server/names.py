@@ -3,15 +3,15 @@
 "model": "sql"                          an adapter as the model, as in vLLM
 "model": "base:sql"                     base and adapter, as in SGLang
 "adapter_id": "sql"                     as in LoRAX and TGI
-"lora": [{"id": "sql", "scale": 1}]     as in llama.cpp
+"lora": [{"id": "sql", "scale": 1}]     as in llama.cpp; several entries or other scales are a mixture
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 from polybatch.errors import RequestError
+from polybatch.mixture import MAX_MIXED, MAX_SCALE, Mixture
 from polybatch.server.errors import HttpError
 
 MAX_NAMES_IN_ERROR = 10
@@ -24,7 +24,7 @@ def adapter_of(
     *,
     base_names: Sequence[str],
     adapters: Collection[str],
-) -> str | None:
+) -> str | Mixture | None:
     """The adapter to use, None for the base model.
 
     adapter_id, lora: those fields of the body, None where absent. Raises HttpError 404 for an unknown model,
@@ -35,14 +35,18 @@ def adapter_of(
         "adapter_id": _from_id(adapter_id),
         "lora": _from_list(lora),
     }
-    given = {field: name for field, name in asked.items() if name is not None}
-    for field, name in given.items():
-        if name not in adapters:
-            raise RequestError(
-                f"{field} names the adapter {name!r}; known are {_some(adapters)}", field=field
-            )
+    given = {field: choice for field, choice in asked.items() if choice is not None}
+    for field, choice in given.items():
+        for name in [name for name, _ in choice.parts] if isinstance(choice, Mixture) else [choice]:
+            if name not in adapters:
+                raise RequestError(
+                    f"{field} names the adapter {name[:100]!r}; known are {_some(adapters)}", field=field
+                )
     if len(set(given.values())) > 1:
-        said = " and ".join(f"{field} {name!r}" for field, name in given.items())
+        said = " and ".join(
+            f"{field} {choice.name if isinstance(choice, Mixture) else choice!r}"
+            for field, choice in given.items()
+        )
         raise RequestError(f"{said} name different adapters: use one", field=list(given)[-1])
     return next(iter(given.values()), None)
 
@@ -74,29 +78,33 @@ def _from_id(value: object) -> str | None:
     raise RequestError(f"adapter_id is {str(value)[:80]!r}; it must be an adapter's name", field="adapter_id")
 
 
-def _from_list(value: object) -> str | None:
+def _from_list(value: object) -> str | Mixture | None:
     if value is None or value == []:
         return None
-    if not isinstance(value, list) or len(value) != 1:
-        raise RequestError("lora must be a list of exactly one {id, scale}", field="lora")
-    entry = value[0]
+    if not isinstance(value, list) or len(value) > MAX_MIXED:
+        raise RequestError(f"lora must be a list of at most {MAX_MIXED} {{id, scale}}", field="lora")
+    parts = [_from_entry(entry, f"lora[{index}]") for index, entry in enumerate(value)]
+    if len({name for name, _ in parts}) < len(parts):
+        raise RequestError("lora names an adapter twice: add its scales", field="lora")
+    return parts[0][0] if len(parts) == 1 and parts[0][1] == 1 else Mixture(parts)
+
+
+def _from_entry(entry: object, where: str) -> tuple[str, float]:
     if (
         not isinstance(entry, Mapping)
         or not isinstance(entry.get("id"), str)
         or entry.keys() - {"id", "scale"}
     ):
         raise RequestError(
-            f'lora[0] is {str(entry)[:80]!r}; it must be {{"id": adapter\'s name, "scale": 1}}',
-            field="lora[0]",
+            f'{where} is {str(entry)[:80]!r}; it must be {{"id": adapter\'s name, "scale": 1}}', field=where
         )
-    scale: Any = entry.get("scale", 1)
-    if isinstance(scale, bool) or scale != 1:
+    scale = entry.get("scale", 1)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) <= MAX_SCALE:
         raise RequestError(
-            f"lora[0].scale is {str(scale)[:80]}; only 1 is supported: change the adapter's lora_alpha",
-            field="lora[0].scale",
+            f"{where}.scale is {str(scale)[:80]}; it must be a number from -{MAX_SCALE:g} to {MAX_SCALE:g}",
+            field=f"{where}.scale",
         )
-    name: str = entry["id"]
-    return name
+    return entry["id"], float(scale)
 
 
 def _some(names: Collection[str]) -> str:

@@ -147,6 +147,22 @@ def test_an_adapter_is_chosen_in_any_of_four_ways(server: RunningServer, choice:
     assert answer != server.complete(**body).json()["choices"][0]["text"]
 
 
+def test_a_mixture_is_an_answer_of_its_own_whatever_its_order(server: RunningServer) -> None:
+    mixed = [{"id": "red", "scale": 0.7}, {"id": "blue", "scale": -0.3}]
+
+    def answer(lora: list[dict[str, object]]) -> str:
+        response = server.complete(prompt="mix", max_tokens=16, temperature=0, lora=lora)
+        assert response.status_code == 200, response.text
+        text: str = response.json()["choices"][0]["text"]
+        return text
+
+    texts = [answer([{"id": "red"}]), answer([{"id": "blue"}]), answer([]), answer(mixed)]
+    texts += [answer([{"id": "red", "scale": 0.7}, {"id": "blue", "scale": 0.3}])]
+    assert len(set(texts)) == len(texts)
+    assert answer(mixed[::-1]) == texts[3]
+    assert answer([{"id": "red"}, {"id": "blue", "scale": 0}]) == texts[0]
+
+
 def test_request_ids_come_back(server: RunningServer) -> None:
     response = server.client.post(
         "/v1/completions", json={"model": "base", "prompt": "x"}, headers={"X-Request-Id": "abc-1"}
