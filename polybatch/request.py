@@ -138,6 +138,7 @@ class AdapterRef:
     name: str
     digest: str
     num_pages: int
+    parts: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

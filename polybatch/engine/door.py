@@ -81,7 +81,7 @@ class Door:
         stop_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             stop_ids |= frozenset(self.spec.eos_token_ids)
-        ref = None if adapter is None else self._adapter(adapter)
+        ref = self._adapter(choice_of(adapter))
         seed = stream(self._seed, self._num_requests) if params.seed is None else params.seed
         self._num_requests += 1
         return Request(
