@@ -14,7 +14,6 @@ from typing import Protocol
 import torch
 
 from polybatch.config import ModelSpec
-from polybatch.kernels.activation.cuda import silu_mul
 from polybatch.kernels.linear.cuda import PackedLinear
 from polybatch.kernels.norm.cuda import rms_norm
 from polybatch.models.weights import LayerWeights, ModelWeights
@@ -173,7 +172,24 @@ class StepOperations(Protocol):
         ...
 
     def product(self, layer: int, name: str, x: torch.Tensor, out: torch.Tensor) -> None:
-        """A fused product with the adapters of its tokens, without its bias."""
+        """A fused product without its bias. The adapters of its tokens may follow where it is read next."""
+        ...
+
+    def activate(self, layer: int, gate_up: torch.Tensor, out: torch.Tensor) -> None:
+        """SiLU of the gate times up, [n, intermediate]."""
+        ...
+
+    def add_norm(
+        self,
+        layer: int,
+        name: str,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        out: torch.Tensor,
+        rows: torch.Tensor | None = None,
+    ) -> None:
+        """Add x, the product `name` of a layer, to the residual and normalise; see `rms_norm`."""
         ...
 
 
@@ -184,27 +200,28 @@ def run_layers(
 
     logit_rows: [L] int32, -1 for none: such a row's logits mean nothing.
     """
-    eps = weights.spec.rms_norm_eps
     residual, hidden = space.residual[:num_rows], space.hidden[:num_rows]
     qkv, attention = space.qkv[:num_rows], space.attention[:num_rows]
     gate_up, activated = space.gate_up[:num_rows], space.activated[:num_rows]
     step.embed(residual)
     for index, layer in enumerate(weights.layers):
-        rms_norm(residual if index == 0 else hidden, layer.input_norm, eps,
-                 residual=None if index == 0 else residual, out=hidden)  # fmt: skip
+        if index == 0:
+            rms_norm(residual, layer.input_norm, weights.spec.rms_norm_eps, out=hidden)
+        else:
+            step.add_norm(index - 1, "down", hidden, residual, layer.input_norm, hidden)
         step.product(index, "qkv", hidden, qkv)
         step.attend(index, qkv, attention)
         step.product(index, "o", attention, hidden)
         _add_bias(hidden, layer.biases.get("o"))
-        rms_norm(hidden, layer.post_attention_norm, eps, residual=residual, out=hidden)
+        step.add_norm(index, "o", hidden, residual, layer.post_attention_norm, hidden)
         step.product(index, "gate_up", hidden, gate_up)
         _add_bias(gate_up, layer.biases.get("gate_up"))
-        silu_mul(gate_up, out=activated)
+        step.activate(index, gate_up, activated)
         step.product(index, "down", activated, hidden)
         _add_bias(hidden, layer.biases.get("down"))
     count = len(logit_rows)
     last, logits = space.last[:count], space.logits[:count]
-    rms_norm(hidden, weights.final_norm, eps, residual=residual, rows=logit_rows, out=last)
+    step.add_norm(len(weights.layers) - 1, "down", hidden, residual, weights.final_norm, last, logit_rows)
     if count:
         weights.lm_head.forward(last, logits)
     return logits

@@ -21,9 +21,12 @@ from polybatch.execution.ranks import COLUMN_PARALLEL, Ranks
 from polybatch.execution.step_fields import StepFields
 from polybatch.execution.vocabulary import Hosts, patch_embeddings
 from polybatch.kernels import sample
+from polybatch.kernels.activation.cuda import silu_mul
 from polybatch.kernels.embedding.cuda import embedding
 from polybatch.kernels.lora import work as lora_work
 from polybatch.kernels.lora.cuda import CudaLora
+from polybatch.kernels.lora.cuda_fused import FusedLora
+from polybatch.kernels.norm.cuda import rms_norm
 from polybatch.kernels.ragged_attention import work as attention_work
 from polybatch.kernels.ragged_attention.cuda import Scratch, make_scratch, ragged_attention
 from polybatch.kernels.ragged_attention.work import Heads, Tiles, Work
@@ -63,6 +66,11 @@ class Shared:
     sampled: torch.Tensor
     """[max_seqs] int32, tokens of the launch before."""
     ranks: Ranks
+
+    @property
+    def can_fuse(self) -> bool:
+        """Whether adapters may be added where a product is read next: nothing comes in between."""
+        return self.ranks.size == 1 and all(set(held.biases) <= {"qkv"} for held in self.weights.layers)
 
 
 @dataclass(slots=True)
@@ -149,8 +157,9 @@ class Stage:
             segments[:, 2] = indices[segments[:, 2]]
             templates = shared.adapters.templates
             filled.lora = lora_work.fill(
-                views, segments, templates, shared.lora.shapes, shared.max_h, wide=self._wide
-            )
+                views, segments, templates, shared.lora.shapes, shared.max_h,
+                num_rows=num_rows, wide=self._wide,
+            )  # fmt: skip
         else:
             views["lora_bounds"][:1] = 0
         return filled
@@ -202,6 +211,11 @@ class StageOperations:
         self._has_wide = has_wide
         self._patched = patched
         self._rescale = rescale
+        self._fused: FusedLora | None = None
+        if lora is not None and lora.is_fusable and self._shared.can_fuse:
+            self._fused = FusedLora(
+                self._shared.lora, self._shared.adapters.words, stage.fields.on, lora, num_rows
+            )
         self._exchange = None if self._shared.ranks.size == 1 else self._shared.ranks.reduce
         on = stage.fields.on
         self._positions, self._slots = on["positions"][:num_rows], on["slots"][:num_rows]
@@ -225,10 +239,14 @@ class StageOperations:
     def attend(self, layer: int, qkv: torch.Tensor, out: torch.Tensor) -> None:
         shared, spec = self._shared, self._shared.spec
         held = shared.weights.layers[layer]
-        q = write_kv(
-            qkv, self._positions, self._slots, shared.rope, shared.kv[layer], bias=held.biases.get("qkv"),
-            q_norm=held.q_norm, k_norm=held.k_norm, eps=spec.rms_norm_eps,
-        )  # fmt: skip
+        given = (qkv, self._positions, self._slots, shared.rope, shared.kv[layer])
+        bias, eps = held.biases.get("qkv"), spec.rms_norm_eps
+        if self._fused is None:
+            q = write_kv(*given, bias=bias, q_norm=held.q_norm, k_norm=held.k_norm, eps=eps)
+        else:
+            q = self._fused.write_kv(
+                layer, self._rows(layer), *given, bias=bias, q_norm=held.q_norm, k_norm=held.k_norm, eps=eps
+            )
         window = spec.window(layer)
         work = None if self._works is None else self._works[window]
         ragged_attention(
@@ -241,9 +259,16 @@ class StageOperations:
 
     def product(self, layer: int, name: str, x: torch.Tensor, out: torch.Tensor) -> None:
         shared, ranks = self._shared, self._shared.ranks
-        shared.weights.layers[layer].products[name].forward(x, out)
+        linear = shared.weights.layers[layer].products[name]
+        if self._fused is not None and self._lora is not None:
+            shared.lora.shrink_beside(
+                lambda: linear.forward(x, out), GROUP_OF[name], layer, x, self._rows(layer),
+                shared.adapters.words, self._stage.fields.on, self._lora,
+            )  # fmt: skip
+            return
+        linear.forward(x, out)
         if self._lora is not None:
-            rows = shared.pages[layer].reshape(-1)
+            rows = self._rows(layer)
             words, arrays = shared.adapters.words, self._stage.fields.on
             own_x, own_out = ranks.adapter_columns(name, x, out)
             shared.lora(
@@ -253,6 +278,35 @@ class StageOperations:
             ranks.reduce(out)
             if self._rescale is not None:
                 self._rescale(layer, name, out)
+
+    def activate(self, layer: int, gate_up: torch.Tensor, out: torch.Tensor) -> None:
+        if self._fused is None:
+            silu_mul(gate_up, out=out)
+        else:
+            self._fused.silu_mul(layer, self._rows(layer), gate_up, out)
+
+    def add_norm(
+        self,
+        layer: int,
+        name: str,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        out: torch.Tensor,
+        rows: torch.Tensor | None = None,
+    ) -> None:
+        eps = self._shared.spec.rms_norm_eps
+        if self._fused is None:
+            rms_norm(x, weight, eps, residual=residual, rows=rows, out=out)
+        else:
+            self._fused.rms_norm(
+                GROUP_OF[name], layer, self._rows(layer), x, weight, eps,
+                residual=residual, out=out, rows=rows,
+            )  # fmt: skip
+
+    def _rows(self, layer: int) -> torch.Tensor:
+        """The layer's pool, flat."""
+        return self._shared.pages[layer].reshape(-1)
 
 
 def _named(name: str, window: int | None) -> str:

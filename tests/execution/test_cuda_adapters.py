@@ -146,7 +146,9 @@ def test_an_adapter_of_the_vocabulary_alone_takes_no_pages_and_no_tiles():
         name: np.zeros(shape, kind) for name, (shape, kind) in work.arrays(work.LoraLimits(8, 2)).items()
     }
     shapes = work.group_shapes(SPEC.linear_shapes)
-    plan = work.fill(views, np.array([(0, 5, index)]), adapters.templates, shapes, 1000, wide=False)
+    plan = work.fill(
+        views, np.array([(0, 5, index)]), adapters.templates, shapes, 1000, num_rows=5, wide=False
+    )
     assert plan == work.GRAPH_PLAN
     assert not views["lora_bounds"][0].any()
 

@@ -34,7 +34,9 @@ def run(world, group, layer, segments, *, wide, dtype=torch.float32, max_h=1 << 
     y = torch.randn(num_tokens, sum(shape.outs), generator=generator).to(dtype)
     limits = LoraLimits(num_tokens, 64, max_h)
     views = arrays_of(limits)
-    plan = work.fill(views, np.array(segments), world.templates, world.groups, max_h, wide=wide)
+    plan = work.fill(
+        views, np.array(segments), world.templates, world.groups, max_h, num_rows=num_tokens, wide=wide
+    )
     lora = CudaLora(world.groups, dtype, CPU, max_h, num_programs=num_programs)
     lora.h.fill_(torch.nan)
     result = y.clone()
@@ -139,21 +141,21 @@ def test_tiles_cover_each_token_once_and_rounds_never_overlap_in_scratch(lengths
     shapes = work.group_shapes(SHAPES)
     limits = LoraLimits(4096, 4096, max_h)
     views = arrays_of(limits)
-    plan = work.fill(views, np.array(segments), templates, shapes, max_h, wide=wide)
+    plan = work.fill(views, np.array(segments), templates, shapes, max_h, num_rows=at, wide=wide)
     tokens = []
     for round_ in range(len(plan.rounds)):
         used = []
         for variant in (work.NARROW, work.WIDE):
             first_item, last_item, low, high = views["lora_bounds"][round_, variant, 0].tolist()
             assert plan.rounds[round_][variant] >= (high > low)
-            items = views["lora_items"][0, first_item:last_item]
+            items = views["lora_items"][first_item:last_item]
             assert set((items // work.TILE_ITEMS).tolist()) == {
-                t for t in range(low, high) if views["lora_tiles"][0, t, work.RANK]
+                t for t in range(low, high) if views["lora_tiles"][t, 0, work.RANK]
             }
-            for record in views["lora_tiles"][0, low:high]:
+            for record in views["lora_tiles"][low:high, 0]:
                 tokens += range(record[work.FIRST], record[work.FIRST] + record[work.NUM_TOKENS])
-                parts = shapes[0].narrow_parts if variant == work.NARROW else plan.wide_parts
-                size = int(record[work.NUM_TOKENS] * record[work.RANK]) * parts
+                assert record[work.PARTS] == (plan.wide_parts if variant else shapes[0].narrow_parts)
+                size = int(record[work.NUM_TOKENS] * record[work.RANK] * record[work.PARTS])
                 used.append((int(record[work.H_START]), int(record[work.H_START]) + size))
         used.sort()
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(used))
@@ -174,5 +176,11 @@ def test_one_token_too_large_for_the_scratch_buffer_is_an_error_with_a_way_out()
     limits = LoraLimits(16, 1, 999)
     with pytest.raises(EngineError, match="max_h"):
         work.fill(
-            arrays_of(limits), np.array([(0, 1, 0)]), templates, work.group_shapes(SHAPES), 999, wide=False
+            arrays_of(limits),
+            np.array([(0, 1, 0)]),
+            templates,
+            work.group_shapes(SHAPES),
+            999,
+            num_rows=1,
+            wide=False,
         )

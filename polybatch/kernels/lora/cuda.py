@@ -5,37 +5,37 @@ serves any adapters, and a launch without work ends at once. Rows of A and B go 
 the matrix unit; tokens are padded to a tile's 16 or 64, which costs nothing where reading rows is what
 costs. h is kept in float32 and split into two 16-bit terms for the second product: the result is rounded
 once, as the contract asks. Nothing is added atomically: parts of h are summed in their order.
+
+Shrink needs x alone, so it may run beside the base layer. Expand as a launch of its own is for steps of
+several rounds and for sums over several GPUs; otherwise `lora.cuda_fused` adds B h where y is read next.
 Sources: Punica (Chen et al. 2023) for shrink and expand; Flash-Decoding's split of the reduction.
 """
 
 # Triton reads its kernels' annotations as its own.
-# mypy: disable-error-code="untyped-decorator, no-untyped-def"
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from polybatch.adapters.layout import ALIGN_BYTES
+from polybatch.kernels.lora.cuda_delta import RECORD_FIRST, RECORD_NUM_TOKENS, TILE_STRIDE, add_tile
 from polybatch.kernels.lora.work import (
     A_WORD,
     ABSENT,
     BLOCK_RANK,
     BLOCK_TOKENS,
-    FIRST,
+    GROUPS,
     H_START,
     MODULE,
     NARROW,
-    NUM_TOKENS,
     RANK,
     STRIDE,
-    TILE_FIELDS,
     TILE_ITEMS,
     WIDE,
     GroupShape,
@@ -43,10 +43,8 @@ from polybatch.kernels.lora.work import (
 )
 
 _ITEMS = tl.constexpr(TILE_ITEMS)
-_FIELDS = tl.constexpr(TILE_FIELDS)
-_FIRST, _NUM_TOKENS, _H_START = tl.constexpr(FIRST), tl.constexpr(NUM_TOKENS), tl.constexpr(H_START)
-_RANK, _STRIDE, _A_WORD = tl.constexpr(RANK), tl.constexpr(STRIDE), tl.constexpr(A_WORD)
-_MODULE, _ABSENT = tl.constexpr(MODULE), tl.constexpr(ABSENT)
+_H_START, _RANK, _STRIDE = tl.constexpr(H_START), tl.constexpr(RANK), tl.constexpr(STRIDE)
+_A_WORD, _MODULE, _ABSENT = tl.constexpr(A_WORD), tl.constexpr(MODULE), tl.constexpr(ABSENT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,32 +57,33 @@ class Tuning:
 
 
 # Per variant; chosen by benchmarks/cuda/lora.py on an H100.
-SHRINK = {NARROW: Tuning(128, 2, 4), WIDE: Tuning(64, 4, 4)}
+SHRINK = {NARROW: Tuning(128, 2, 4), WIDE: Tuning(128, 4, 3)}
 # float32, whose columns are twice as wide.
 SHRINK_EXACT = {NARROW: Tuning(64, 2, 4), WIDE: Tuning(32, 8, 4)}
 EXPAND = {NARROW: Tuning(256, 4, 2), WIDE: Tuning(128, 4, 2)}
 # Rows of B in one turn of expand's loop.
-EXPAND_RANK = {NARROW: 16, WIDE: 16}
+EXPAND_RANK = 16
 PROGRAMS_PER_SM = 8
+BESIDE_PER_SM = 2
+# Groups whose shrink runs beside the base layer in graphs.
+BESIDE = set(range(len(GROUPS)))
 
 
 @triton.jit(do_not_specialize=["layer", "part_blocks", "num_parts"])
 def shrink_kernel(
     x, h, memory, words, tiles, items, bounds, stride_x, layer, part_blocks, num_parts,
     NUM_IN: tl.constexpr, UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program: some rows of A against one part of the columns of x, for one tile at a time."""
-    if PDL:
-        gdc_launch_dependents()
     first_item = tl.load(bounds)
     num_work = (tl.load(bounds + 1) - first_item) * num_parts
     for work in range(tl.program_id(0), num_work, tl.num_programs(0)):
         item = tl.load(items + first_item + work // num_parts)
         part = work % num_parts
-        record = tiles + (item // _ITEMS) * _FIELDS
-        first = tl.load(record + _FIRST)
-        num_tokens = tl.load(record + _NUM_TOKENS)
+        record = tiles + (item // _ITEMS) * TILE_STRIDE
+        first = tl.load(record + RECORD_FIRST)
+        num_tokens = tl.load(record + RECORD_NUM_TOKENS)
         h_start = tl.load(record + _H_START)
         rank = tl.load(record + _RANK)
         word = tl.load(record + _A_WORD) + layer * tl.load(record + _STRIDE)
@@ -101,8 +100,6 @@ def shrink_kernel(
             start = tl.load(words + word + r, mask=r < rank, other=-1)
             is_row = start >= 0
             rows = memory + start.to(tl.int64)[None, :] * UNIT
-            if PDL:
-                gdc_wait()
             total = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
             for step in tl.range(low, high, num_stages=STAGES):
                 at = step * BLOCK_K + k
@@ -117,24 +114,15 @@ def shrink_kernel(
             # A row that this layer lacks is 0 even where x is infinite.
             total = tl.where(is_row[None, :], total, 0.0)
             tl.store(target, total, mask=(t < num_tokens)[:, None] & (r < rank)[None, :])
-    # Without work, too: this kernel's end must imply the end of the one before it.
-    if PDL:
-        gdc_wait()
 
 
-@triton.jit(do_not_specialize=["layer", "num_parts"])
+@triton.jit(do_not_specialize=["layer"])
 def expand_kernel(
-    y, h, memory, words, tiles, bounds, stride_y, layer, num_parts,
-    OUT_0: tl.constexpr, OUT_1: tl.constexpr, OUT_2: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    EXACT: tl.constexpr, PDL: tl.constexpr,
+    y, h, memory, words, tiles, bounds, stride_y, layer,
+    OUT_0: tl.constexpr, OUT_1: tl.constexpr, OUT_2: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """One program: one block of columns of one module, for one tile at a time.
-
-    PARTS: number of parts of h, or 0 where it is `num_parts`.
-    """
-    if PDL:
-        gdc_launch_dependents()
+    """One program: one block of columns of one module, for one tile at a time."""
     blocks_0: tl.constexpr = (OUT_0 + BLOCK_N - 1) // BLOCK_N
     blocks_1: tl.constexpr = (OUT_1 + BLOCK_N - 1) // BLOCK_N
     num_blocks: tl.constexpr = blocks_0 + blocks_1 + (OUT_2 + BLOCK_N - 1) // BLOCK_N
@@ -143,19 +131,9 @@ def expand_kernel(
     num_work = (tl.load(bounds + 3) - first_tile) * num_blocks
     for work in range(tl.program_id(0), num_work, tl.num_programs(0)):
         block = work % num_blocks
-        record = tiles + (first_tile + work // num_blocks) * _FIELDS
+        record = tiles + (first_tile + work // num_blocks) * TILE_STRIDE
         module = (block >= blocks_0).to(tl.int32) + (block >= blocks_0 + blocks_1).to(tl.int32)
-        b_word = tl.load(record + _MODULE + 3 * module)
-        if b_word != _ABSENT:
-            first = tl.load(record + _FIRST)
-            num_tokens = tl.load(record + _NUM_TOKENS)
-            h_start = tl.load(record + _H_START)
-            h_rank = tl.load(record + _RANK)
-            rank = tl.load(record + _MODULE + 3 * module + 1)
-            h_first = tl.load(record + _MODULE + 3 * module + 2)
-            word = words + b_word + layer * tl.load(record + _STRIDE)
-            gain_start = tl.load(word)
-            bias_start = tl.load(word + 1)
+        if tl.load(record + _MODULE + 3 * module) != _ABSENT:
             # Column of the module, and of the group's output.
             before = tl.where(module == 0, 0, tl.where(module == 1, blocks_0, blocks_0 + blocks_1))
             width = tl.where(module == 0, OUT_0, tl.where(module == 1, OUT_1, OUT_2))
@@ -163,48 +141,14 @@ def expand_kernel(
             n = (block - before) * BLOCK_N + tl.arange(0, BLOCK_N)
             is_column = (n >= 0) if is_even else (n < width)
             t = tl.arange(0, BLOCK_T)
-            is_token = t < num_tokens
-            h_rows = h + h_start.to(tl.int64) + h_first + t.to(tl.int64)[:, None] * h_rank
-            total = tl.zeros([BLOCK_T, BLOCK_N], dtype=tl.float32)
-            for low in tl.range(0, rank, BLOCK_R, num_stages=STAGES):
-                r = low + tl.arange(0, BLOCK_R)
-                start = tl.load(word + 2 + r, mask=r < rank, other=-1)
-                is_row = start >= 0
-                b = tl.load(memory + start.to(tl.int64)[:, None] * UNIT + n[None, :],
-                            mask=is_row[:, None] & is_column[None, :], other=0.0)  # fmt: skip
-                if PDL:
-                    gdc_wait()
-                is_value = is_token[:, None] & is_row[None, :]
-                value = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
-                if PARTS > 0:
-                    for part in tl.static_range(PARTS):
-                        at = h_rows + part * num_tokens * h_rank + r[None, :]
-                        value += tl.load(at, mask=is_value, other=0.0)
-                else:
-                    for part in range(num_parts):
-                        at = h_rows + part * num_tokens * h_rank + r[None, :]
-                        value += tl.load(at, mask=is_value, other=0.0)
-                if EXACT:
-                    total = tl.dot(value, b.to(tl.float32), total, input_precision="ieee")
-                else:
-                    high = value.to(b.dtype)
-                    rest = (value - high.to(tl.float32)).to(b.dtype)
-                    total = tl.dot(rest, b, total)
-                    total = tl.dot(high, b, total)
-            if PDL:
-                gdc_wait()
+            is_token = t < tl.load(record + RECORD_NUM_TOKENS)
+            first = tl.load(record + RECORD_FIRST)
             at = y + (first + t).to(tl.int64)[:, None] * stride_y + offset + n[None, :]
             is_target = is_token[:, None] & is_column[None, :]
-            total += tl.load(at, mask=is_target, other=0.0).to(tl.float32)
-            if gain_start >= 0:
-                gain = tl.load(memory + gain_start.to(tl.int64) * UNIT + n, mask=is_column, other=0.0)
-                total *= gain.to(tl.float32)[None, :]
-            if bias_start >= 0:
-                bias = tl.load(memory + bias_start.to(tl.int64) * UNIT + n, mask=is_column, other=0.0)
-                total += bias.to(tl.float32)[None, :]
-            tl.store(at, total.to(y.dtype.element_ty), mask=is_target)
-    if PDL:
-        gdc_wait()
+            before_it = tl.load(at, mask=is_target, other=0.0).to(tl.float32)
+            after = add_tile(before_it, t, is_token, record, n, is_column, h, memory, words, layer,
+                             module, UNIT, BLOCK_R, EXACT)  # fmt: skip
+            tl.store(at, after.to(y.dtype.element_ty), mask=is_target)
 
 
 class CudaLora:
@@ -212,8 +156,7 @@ class CudaLora:
 
     shapes: groups of a decoder layer. dtype: of activations and adapter rows. max_h: as in LoraLimits.
     num_programs: size of the grids; by default as many as the device holds at once.
-    use_pdl: programmatic dependent launch: programs start, and expand reads rows of B, while the kernel
-        before them in the stream ends. Only kernels before that wrote nothing but x, y or h may do so.
+    num_beside: size of shrink's grid where it runs beside the base layer, which needs multiprocessors too.
     """
 
     def __init__(
@@ -224,16 +167,21 @@ class CudaLora:
         max_h: int,
         *,
         num_programs: int | None = None,
-        use_pdl: bool = False,
+        num_beside: int | None = None,
     ) -> None:
         self.shapes = shapes
         self.h = torch.empty(max_h, dtype=torch.float32, device=device)
-        self._unit = ALIGN_BYTES // dtype.itemsize
-        self._exact = dtype == torch.float32
-        self._use_pdl = use_pdl
+        self.unit = ALIGN_BYTES // dtype.itemsize
+        self.is_exact = dtype == torch.float32
         if num_programs is None:
-            num_programs = PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+            num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+            num_programs = PROGRAMS_PER_SM * num_sms
+            num_beside = num_beside or BESIDE_PER_SM * num_sms
+        self._side = None
+        if device.type == "cuda":
+            self._side = torch.cuda.Stream(device)
         self._grid = (num_programs,)
+        self._grid_beside = (num_beside or num_programs,)
 
     def shrink(
         self,
@@ -245,6 +193,8 @@ class CudaLora:
         arrays: Mapping[str, torch.Tensor],
         plan: LoraPlan,
         round_: int = 0,
+        *,
+        is_beside: bool = False,
     ) -> None:
         """h of one round of one group. It may run beside the base layer: it reads x and writes h only.
 
@@ -253,17 +203,45 @@ class CudaLora:
         """
         shape = self.shapes[group]
         for variant in _variants(plan, round_):
-            tuning = (SHRINK_EXACT if self._exact else SHRINK)[variant]
+            tuning = (SHRINK_EXACT if self.is_exact else SHRINK)[variant]
             parts = (shape.narrow_parts, plan.wide_parts)[variant]
             columns = shape.part_columns if variant == NARROW else -(-shape.num_in // parts)
-            shrink_kernel[self._grid](
-                x, self.h, memory, words, arrays["lora_tiles"][group], arrays["lora_items"][group],
+            shrink_kernel[self._grid_beside if is_beside else self._grid](
+                x, self.h, memory, words, arrays["lora_tiles"][0, group], arrays["lora_items"],
                 arrays["lora_bounds"][round_, variant, group], x.stride(0), layer,
                 -(-columns // tuning.columns), parts,
-                NUM_IN=shape.num_in, UNIT=self._unit, BLOCK_T=BLOCK_TOKENS[variant],
-                BLOCK_R=BLOCK_RANK[variant], BLOCK_K=tuning.columns, STAGES=tuning.num_stages,
-                EXACT=self._exact, PDL=self._use_pdl, **self._options(tuning),
+                NUM_IN=shape.num_in, UNIT=self.unit, BLOCK_T=BLOCK_TOKENS[variant],
+                BLOCK_R=BLOCK_RANK if variant == NARROW else plan.wide_ranks[group],
+                BLOCK_K=tuning.columns, STAGES=tuning.num_stages, EXACT=self.is_exact,
+                num_warps=tuning.num_warps,
             )  # fmt: skip
+
+    def shrink_beside(
+        self,
+        base: Callable[[], None],
+        group: int,
+        layer: int,
+        x: torch.Tensor,
+        memory: torch.Tensor,
+        words: torch.Tensor,
+        arrays: Mapping[str, torch.Tensor],
+        plan: LoraPlan,
+    ) -> None:
+        """Launch the base layer and shrink: side by side in a graph, whose branches cost little.
+
+        base: launches what reads x and writes y. What comes after on the current stream follows both.
+        """
+        is_beside = self._side is not None and group in BESIDE and torch.cuda.is_current_stream_capturing()
+        if not is_beside or self._side is None:
+            self.shrink(group, layer, x, memory, words, arrays, plan)
+            base()
+            return
+        main = torch.cuda.current_stream(x.device)
+        self._side.wait_stream(main)
+        base()
+        with torch.cuda.stream(self._side):
+            self.shrink(group, layer, x, memory, words, arrays, plan, is_beside=True)
+        main.wait_stream(self._side)
 
     def expand(
         self,
@@ -286,12 +264,11 @@ class CudaLora:
         for variant in _variants(plan, round_):
             tuning = EXPAND[variant]
             expand_kernel[self._grid](
-                y, self.h, memory, words, arrays["lora_tiles"][group],
-                arrays["lora_bounds"][round_, variant, group], y.stride(0), layer, plan.wide_parts,
-                OUT_0=outs[0], OUT_1=outs[1], OUT_2=outs[2],
-                PARTS=shape.narrow_parts if variant == NARROW else 0, UNIT=self._unit,
-                BLOCK_T=BLOCK_TOKENS[variant], BLOCK_R=EXPAND_RANK[variant], BLOCK_N=tuning.columns,
-                STAGES=tuning.num_stages, EXACT=self._exact, PDL=self._use_pdl, **self._options(tuning),
+                y, self.h, memory, words, arrays["lora_tiles"][0, group],
+                arrays["lora_bounds"][round_, variant, group], y.stride(0), layer,
+                OUT_0=outs[0], OUT_1=outs[1], OUT_2=outs[2], UNIT=self.unit,
+                BLOCK_T=BLOCK_TOKENS[variant], BLOCK_R=EXPAND_RANK, BLOCK_N=tuning.columns,
+                EXACT=self.is_exact, num_warps=tuning.num_warps, num_stages=tuning.num_stages,
             )  # fmt: skip
 
     def __call__(
@@ -315,9 +292,6 @@ class CudaLora:
             if exchange is not None:
                 exchange(self.h[: plan.num_h[round_]])
             self.expand(group, layer, y, memory, words, arrays, plan, round_)
-
-    def _options(self, tuning: Tuning) -> dict[str, Any]:
-        return {"num_warps": tuning.num_warps, "launch_pdl": self._use_pdl}
 
 
 def _variants(plan: LoraPlan, round_: int) -> list[int]:

@@ -10,6 +10,10 @@ costs, and wide ones for long chunks, where tokens are. Lists hold for all layer
 lie in a layer is read from `words` (see `polybatch.execution.cuda_adapters`), at a fixed stride per layer.
 h lies packed in a scratch buffer of fixed size; tiles that do not fit together form rounds, executed one
 after the other (shrink, then expand), so that any rank works.
+
+Where one round is enough, as it nearly always is, expand is no launch of its own: the kernel that reads y
+next (`lora.fused`) adds B h to it on the way. It finds a row's tile in `lora_rows`; up to LEAD_ROWS rows
+of a tile share a program there, that of the first.
 """
 
 from __future__ import annotations
@@ -31,25 +35,36 @@ Array = np.ndarray[Any, Any]
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 MAX_GROUP_MODULES = 3
 
-# Fields of a tile's record, one per group; those from RANK on come from the adapter's template.
+# Fields of a tile's record, one per group; those from RANK to PARTS come from the adapter's template.
 # A_WORD: index in `words` of the start of the group's first A row in layer 0; RANK: rows of the group;
 # STRIDE: words from one layer to the next. Then per module of the group B_WORD (index of gain, bias and B
 # rows; ABSENT where the adapter leaves the module alone in all layers), its rank, its first row in the group.
 FIRST, NUM_TOKENS, H_START, RANK, STRIDE, A_WORD, MODULE = range(7)
 MODULE_FIELDS = 3
+# Parts of the tile's h, which expand sums.
+PARTS = 15
 TILE_FIELDS = 16
 ABSENT = -1
 
+# Rows of `lora_rows`: how many rows the row's program handles in narrow launches, 0 for none; its tile, or
+# ABSENT; its token in the tile.
+LEADS, TILE, TOKEN = range(3)
+LEAD_ROWS = 4
+
 NARROW, WIDE = 0, 1
 BLOCK_TOKENS = (16, 64)
-BLOCK_RANK = (16, 64)
+BLOCK_RANK = 16
+MAX_WIDE_RANK = 64
 # From this length on a segment is cut into wide tiles, where the step's launches include them.
 WIDE_TOKENS = 64
 MAX_WIDE_PARTS = 8
+MAX_PARTS = 16
 # Shrink programs that fill a large GPU about twice.
 ENOUGH_PROGRAMS = 264
 # Items of a tile and group; a tile of more rows gives each item more.
 TILE_ITEMS = 8
+# Rows without adapter for which a launch of the plain kernel pays, which has room for more of them at once.
+MIN_BASE_ROWS = 512
 MAX_ROUNDS = 64
 BOUND_FIELDS = 4
 
@@ -69,7 +84,7 @@ class GroupShape:
     @property
     def part_columns(self) -> int:
         """Input columns that one narrow shrink program reads."""
-        return max(512 if self.num_in <= 8192 else 1024, self.min_part_columns)
+        return max(1024, 1 << (-(-self.num_in // MAX_PARTS) - 1).bit_length(), self.min_part_columns)
 
     @property
     def narrow_parts(self) -> int:
@@ -78,9 +93,7 @@ class GroupShape:
         return -(-self.num_in // self.part_columns)
 
 
-def group_shapes(
-    shapes: Mapping[str, tuple[int, int]], min_part_columns: int = 0
-) -> tuple[GroupShape, ...]:
+def group_shapes(shapes: Mapping[str, tuple[int, int]], min_part_columns: int = 0) -> tuple[GroupShape, ...]:
     """Groups of a decoder layer. shapes: module -> (out, in), as `ModelSpec.linear_shapes`."""
     return tuple(
         GroupShape(
@@ -105,14 +118,27 @@ class LoraLimits:
 
 @dataclass(frozen=True, slots=True)
 class LoraPlan:
-    """What to launch: per round, whether it has narrow and wide tiles; parts of h in wide tiles.
+    """What to launch.
 
+    rounds: of each, whether it has narrow and wide tiles. wide_parts: parts of h in wide tiles.
+    wide_ranks: per group, rows of A that a shrink program of wide tiles takes.
+    num_wide: wide tiles in all. num_base: first rows that the plain kernels take, since they are many and
+    have no adapter. has_rows: whether rows are left that are in neither.
     num_h: elements of h in each round; how much there is to exchange, no matter to the launches.
     """
 
     rounds: tuple[tuple[bool, bool], ...] = ((True, False),)
     wide_parts: int = 1
+    wide_ranks: tuple[int, ...] = (BLOCK_RANK,) * len(GROUPS)
+    num_wide: int = 0
+    num_base: int = 0
+    has_rows: bool = True
     num_h: tuple[int, ...] = field(default=(0,), compare=False)
+
+    @property
+    def is_fusable(self) -> bool:
+        """Whether kernels that read y may add B h to it: all of h is there at once."""
+        return len(self.rounds) == 1
 
 
 # What a CUDA graph launches, whatever the step: narrow tiles in one round.
@@ -123,9 +149,10 @@ def arrays(limits: LoraLimits) -> dict[str, tuple[tuple[int, ...], type[np.int32
     """Name -> (shape, dtype) of the arrays that `fill` writes and the kernels read."""
     num_groups = len(GROUPS)
     return {
-        "lora_tiles": ((num_groups, limits.max_tiles, TILE_FIELDS), np.int32),
-        "lora_items": ((num_groups, limits.max_tiles * TILE_ITEMS), np.int32),
+        "lora_tiles": ((limits.max_tiles, num_groups, TILE_FIELDS), np.int32),
+        "lora_items": ((num_groups * limits.max_tiles * TILE_ITEMS,), np.int32),
         "lora_bounds": ((MAX_ROUNDS, 2, num_groups, BOUND_FIELDS), np.int32),
+        "lora_rows": ((3, limits.max_tokens), np.int32),
     }
 
 
@@ -136,89 +163,150 @@ def fill(
     shapes: Sequence[GroupShape],
     max_h: int,
     *,
+    num_rows: int,
     wide: bool,
 ) -> LoraPlan:
-    """Write a step's tiles, items and their bounds.
+    """Write a step's tiles, items and their bounds, and each row's place.
 
     views: arrays as `arrays` names them. segments: [G, 3], rows (first token, last token + 1, index into
         templates), disjoint. templates: [N, groups, TILE_FIELDS], from `CudaAdapters.place`.
+    num_rows: of the step, with those that only fill up a graph.
     wide: whether wide tiles may be launched. A step fits a graph if the result equals GRAPH_PLAN, as it does
         without wide tiles where h fits in one round.
     Raises EngineError where a capacity is exceeded.
     """
+    rows = views["lora_rows"]
+    rows[LEADS, :num_rows] = 1
+    rows[TILE, :num_rows] = ABSENT
     segments = np.asarray(segments, np.int64).reshape(-1, 3)
-    template = templates[segments[:, 2]].astype(np.int64)
-    active = template[:, :, MODULE : MODULE + MODULE_FIELDS * MAX_GROUP_MODULES : MODULE_FIELDS] != ABSENT
-    keep = active.any(axis=(1, 2)) & (segments[:, 1] > segments[:, 0])
-    segments, template = segments[keep], template[keep]
-    lengths = segments[:, 1] - segments[:, 0]
-    variant = np.where(wide & (lengths >= WIDE_TOKENS), WIDE, NARROW)
-    order = np.argsort(variant, kind="stable")
-    segments, template, lengths, variant = segments[order], template[order], lengths[order], variant[order]
+    template = templates[segments[:, 2]]
+    keep = (template[:, :, _B_WORDS] != ABSENT).any(axis=(1, 2)) & (segments[:, 1] > segments[:, 0])
+    if not keep.all():
+        segments, template = segments[keep], template[keep]
+    if not len(segments):
+        views["lora_bounds"][:1] = 0
+        return GRAPH_PLAN
+    starts, stops = segments[:, 0], segments[:, 1]
+    is_wide = (stops - starts >= WIDE_TOKENS) & wide
+    has_wide = bool(is_wide.any())
+    if has_wide:
+        order = np.argsort(is_wide, kind="stable")
+        starts, stops, template, is_wide = starts[order], stops[order], template[order], is_wide[order]
+    lengths = stops - starts
 
-    ranks = template[:, :, RANK]
-    wide_parts = _wide_parts(lengths[variant == WIDE], ranks[variant == WIDE], max_h)
-    parts = np.array([[shape.narrow_parts for shape in shapes], [wide_parts] * len(shapes)])
-    h_per_token = (ranks * parts[variant]).max(axis=1, initial=0)
-    tile_tokens = np.minimum(np.array(BLOCK_TOKENS)[variant], max_h // np.maximum(h_per_token, 1))
-    if not tile_tokens.all():
+    ranks = template[:, :, RANK].astype(np.int64)
+    narrow_parts = np.array([shape.narrow_parts for shape in shapes])
+    wide_parts, wide_ranks = 1, GRAPH_PLAN.wide_ranks
+    if has_wide:
+        largest = ranks[is_wide].max(axis=0)
+        wide_ranks = tuple(
+            1 << (min(max(rank, BLOCK_RANK), MAX_WIDE_RANK) - 1).bit_length() for rank in largest.tolist()
+        )
+        wide_parts = _wide_parts(lengths[is_wide], ranks[is_wide], max_h)
+        parts = np.where(is_wide[:, None], wide_parts, narrow_parts)
+    else:
+        parts = narrow_parts
+    h_per_token = (ranks * parts).max(axis=1)
+    limit = max_h // np.maximum(h_per_token, 1)
+    if not limit.all():
         raise EngineError(
             f"one token's intermediate values of an adapter are {h_per_token.max():,} elements, the scratch "
             f"buffer has {max_h:,}: raise LoraLimits.max_h"
         )
+    tile_tokens = np.minimum(limit, np.where(is_wide, BLOCK_TOKENS[WIDE], BLOCK_TOKENS[NARROW]))
 
-    counts = -(-lengths // np.maximum(tile_tokens, 1))
-    owner = np.repeat(np.arange(len(segments)), counts)
-    num_tiles, max_tiles = len(owner), views["lora_tiles"].shape[1]
+    counts = -(-lengths // tile_tokens)
+    num_tiles, max_tiles = int(counts.sum()), len(views["lora_tiles"])
     if num_tiles > max_tiles:
         raise EngineError(
             f"a step has {num_tiles} adapter tiles, the arrays were made for {max_tiles}: raise "
             "LoraLimits.max_segments or max_h"
         )
-    first = segments[owner, 0] + _within(counts) * tile_tokens[owner]
-    num_tokens = np.minimum(tile_tokens[owner], segments[owner, 1] - first)
-    h_sizes = num_tokens * h_per_token[owner]
+    first, num_tokens = starts, lengths
+    if num_tiles > len(counts):
+        owner = np.repeat(np.arange(len(counts)), counts)
+        first = starts[owner] + _within(counts) * tile_tokens[owner]
+        num_tokens = np.minimum(tile_tokens[owner], stops[owner] - first)
+        template, ranks, is_wide, h_per_token = (
+            template[owner],
+            ranks[owner],
+            is_wide[owner],
+            h_per_token[owner],
+        )
+        parts = parts[owner] if has_wide else parts
+    h_sizes = num_tokens * h_per_token
     edges, h_start = _rounds(h_sizes, max_h)
-    tiles = views["lora_tiles"][:, :num_tiles]
-    tiles[:] = template[owner].transpose(1, 0, 2)
-    tiles[:, :, FIRST], tiles[:, :, NUM_TOKENS], tiles[:, :, H_START] = first, num_tokens, h_start
+    tiles = views["lora_tiles"][:num_tiles]
+    tiles[:] = template
+    tiles[:, :, FIRST], tiles[:, :, NUM_TOKENS] = first[:, None], num_tokens[:, None]
+    tiles[:, :, H_START], tiles[:, :, PARTS] = h_start[:, None], parts
 
-    num_narrow = int((variant[owner] == NARROW).sum())
-    bounds = views["lora_bounds"]
-    bounds[: len(edges) - 1] = 0
-    lows = np.array(edges[:-1]), np.maximum(edges[:-1], num_narrow)
-    highs = np.minimum(edges[1:], num_narrow), np.array(edges[1:])
-    block_rank = np.array(BLOCK_RANK)[variant[owner]]
-    for group in range(len(shapes)):
-        per_tile = _items_per_tile(tiles[group, :, RANK], block_rank)
-        items = np.repeat(np.arange(num_tiles) * TILE_ITEMS, per_tile) + _within(per_tile)
-        views["lora_items"][group, : len(items)] = items
-        before = np.concatenate([[0], np.cumsum(per_tile)])
-        for which in (NARROW, WIDE):
-            low, high = lows[which], np.maximum(highs[which], lows[which])
-            bounds[: len(low), which, group] = np.stack([before[low], before[high], low, high], axis=1)
-    rounds = tuple(
-        (bool(low < num_narrow), bool(high > num_narrow)) for low, high in itertools.pairwise(edges)
+    num_narrow = num_tiles - int(is_wide.sum())
+    block_rank = np.where(is_wide[:, None], wide_ranks, BLOCK_RANK) if has_wide else BLOCK_RANK
+    _fill_items(views, ranks, block_rank, edges, num_narrow)
+    num_base = int(first.min())
+    if not wide or num_base < MIN_BASE_ROWS:
+        num_base = 0
+    num_covered = _fill_rows(rows, first, num_tokens, num_narrow)
+    pairs = list(itertools.pairwise(edges))
+    return LoraPlan(
+        tuple((low < num_narrow, high > num_narrow) for low, high in pairs),
+        wide_parts,
+        wide_ranks,
+        num_tiles - num_narrow,
+        num_base,
+        has_rows=num_covered + num_base < num_rows,
+        num_h=tuple(int(h_sizes[low:high].sum()) for low, high in pairs),
     )
-    num_h = tuple(int(h_sizes[low:high].sum()) for low, high in itertools.pairwise(edges))
-    return LoraPlan(rounds, wide_parts, num_h) if num_tiles else GRAPH_PLAN
+
+
+_B_WORDS = slice(MODULE, MODULE + MODULE_FIELDS * MAX_GROUP_MODULES, MODULE_FIELDS)
 
 
 def _wide_parts(lengths: Int64Array, ranks: Int64Array, max_h: int) -> int:
     """Parts into which wide tiles cut the input, so that few tiles still fill the GPU; no more than fit."""
-    if not len(lengths):
-        return 1
     tiles = -(-lengths // BLOCK_TOKENS[WIDE])
-    programs = int((tiles[:, None] * -(-ranks // BLOCK_RANK[WIDE])).max(axis=1, initial=0).sum())
+    programs = int((tiles[:, None] * -(-ranks // MAX_WIDE_RANK)).max(axis=1, initial=0).sum())
     fitting = max_h // max(int(ranks.max(initial=0)) * BLOCK_TOKENS[WIDE], 1)
     return int(np.clip(min(ENOUGH_PROGRAMS // max(programs, 1), fitting), 1, MAX_WIDE_PARTS))
 
 
-def _items_per_tile(ranks: Array, block_rank: Array) -> Array:
-    """Items of each tile: blocks of rows, several to an item where they would be more than TILE_ITEMS."""
+def _fill_items(
+    views: Mapping[str, Array], ranks: Int64Array, block_rank: Array | int, edges: list[int], num_narrow: int
+) -> None:
+    """Items of every tile and group, group by group, and the bounds of each round and variant.
+
+    An item is a block of rows, several where a tile would have more than TILE_ITEMS.
+    """
+    num_tiles, num_groups = ranks.shape
     blocks = -(-ranks // block_rank)
-    per_item = np.maximum(-(-blocks // TILE_ITEMS), 1)
-    return np.asarray(-(-blocks // per_item))
+    per_tile = -(-blocks // np.maximum(-(-blocks // TILE_ITEMS), 1))
+    flat = per_tile.T.reshape(-1)
+    items = np.repeat(np.tile(np.arange(num_tiles) * TILE_ITEMS, num_groups), flat) + _within(flat)
+    views["lora_items"][: len(items)] = items
+    before = np.zeros(len(flat) + 1, np.int64)
+    np.cumsum(flat, out=before[1:])
+    of_group = np.arange(num_groups) * num_tiles
+    bounds = views["lora_bounds"]
+    for round_, (low, high) in enumerate(itertools.pairwise(edges)):
+        middle = min(max(low, num_narrow), high)
+        for variant, (first, last) in enumerate(((low, middle), (middle, high))):
+            held = bounds[round_, variant]
+            held[:, 0], held[:, 1] = before[of_group + first], before[of_group + last]
+            held[:, 2:] = first, last
+
+
+def _fill_rows(rows: Array, first: Int64Array, num_tokens: Int64Array, num_narrow: int) -> int:
+    """Each row's tile, and which rows lead programs of narrow launches; returns the rows of wide tiles."""
+    tile = np.repeat(np.arange(len(first)), num_tokens)
+    token = _within(num_tokens)
+    at = first[tile] + token
+    rows[TILE, at], rows[TOKEN, at] = tile, token
+    leads = np.minimum(LEAD_ROWS, num_tokens[tile] - token) * (token % LEAD_ROWS == 0)
+    num_in_narrow = int(num_tokens[:num_narrow].sum())
+    leads[num_in_narrow:] = 0
+    rows[LEADS, at] = leads
+    return len(at) - num_in_narrow
 
 
 def _within(counts: Array) -> Array:

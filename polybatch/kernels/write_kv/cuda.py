@@ -98,17 +98,35 @@ def _write_kv(
     pair = tl.arange(0, HALF)[None, :]
     inside = pair < DIM // 2
     mask = (head < NUM_HEADS + 2 * KV_HEADS) & inside
+    row = qkv + token.to(tl.int64) * qkv_stride
+    first = tl.load(row + head * DIM + pair, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(row + head * DIM + pair + DIM // 2, mask=mask, other=0.0).to(tl.float32)
+    finish_heads(first, second, row, tl.load(positions + token), slot, head, mask, mask, table, pages,
+                 page_stride, bias, q_norm, k_norm, eps,
+                 NUM_HEADS, KV_HEADS, PAGE_SIZE, DIM, HALF, HAS_BIAS, HAS_NORM)  # fmt: skip
+
+
+@triton.jit
+def finish_heads(
+    first, second, row, position, slot, head, is_column, mask, table, pages, page_stride,
+    bias, q_norm, k_norm, eps,
+    NUM_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr,
+    HALF: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
+):  # fmt: skip
+    """Bias, norm, rotation and the stores of both halves of heads, [X, HALF] float32 each.
+
+    Either X are heads of one token, head [X, 1] and row, position and slot its own, or X are tokens, and it
+    is the other way round. is_column: [X or 1, HALF], columns that exist. mask: [X, HALF], what to store.
+    """
+    pair = tl.arange(0, HALF)[None, :]
+    inside = pair < DIM // 2
     is_q = head < NUM_HEADS
     is_v = head >= NUM_HEADS + KV_HEADS
-    row = qkv + token.to(tl.int64) * qkv_stride
     at = head * DIM + pair
-    kind = qkv.dtype.element_ty
-
-    first = tl.load(row + at, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(row + at + DIM // 2, mask=mask, other=0.0).to(tl.float32)
+    kind = row.dtype.element_ty
     if HAS_BIAS:
-        first += tl.load(bias + at, mask=mask, other=0.0).to(tl.float32)
-        second += tl.load(bias + at + DIM // 2, mask=mask, other=0.0).to(tl.float32)
+        first += tl.load(bias + at, mask=is_column, other=0.0).to(tl.float32)
+        second += tl.load(bias + at + DIM // 2, mask=is_column, other=0.0).to(tl.float32)
         first, second = first.to(kind).to(tl.float32), second.to(kind).to(tl.float32)
     if HAS_NORM:
         inverse = tl.rsqrt(tl.sum(first * first + second * second, axis=1, keep_dims=True) / DIM + eps)
@@ -121,7 +139,7 @@ def _write_kv(
         first = tl.where(is_v, first, (normal_1.to(tl.float32) * weight_1).to(kind).to(tl.float32))
         second = tl.where(is_v, second, (normal_2.to(tl.float32) * weight_2).to(kind).to(tl.float32))
 
-    angle = table + tl.load(positions + token).to(tl.int64) * DIM + pair
+    angle = table + position.to(tl.int64) * DIM + pair
     cos = tl.load(angle, mask=inside, other=0.0)
     sin = tl.load(angle + DIM // 2, mask=inside, other=0.0)
     turned_1 = tl.where(is_v, first, first * cos - second * sin).to(kind)

@@ -1,0 +1,122 @@
+"""The product y + B h in Triton, for a few rows or for a tile, as kernels that read y add it on the way.
+
+A tile's record and the words of its adapter say where the rows of B lie; see `lora.work`.
+"""
+
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from polybatch.kernels.lora.work import (
+    ABSENT,
+    FIRST,
+    GROUPS,
+    H_START,
+    MAX_PARTS,
+    MODULE,
+    NUM_TOKENS,
+    PARTS,
+    RANK,
+    STRIDE,
+    TILE_FIELDS,
+)
+
+TILE_STRIDE = tl.constexpr(len(GROUPS) * TILE_FIELDS)
+"""From a tile's record to that of the next tile."""
+RECORD_FIRST, RECORD_NUM_TOKENS = tl.constexpr(FIRST), tl.constexpr(NUM_TOKENS)
+_H_START, _RANK, _STRIDE = tl.constexpr(H_START), tl.constexpr(RANK), tl.constexpr(STRIDE)
+_MODULE, _PARTS, _ABSENT = tl.constexpr(MODULE), tl.constexpr(PARTS), tl.constexpr(ABSENT)
+_MAX_PARTS = tl.constexpr(MAX_PARTS)
+
+
+@triton.jit
+def add_rows(
+    y, token, count, record, n, is_column, h, memory, words, layer,
+    module, UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """gain (y + B h) + bias for `count` tokens of a tile from `token` on, in float32.
+
+    y: [BLOCK_T, BLOCK_N] float32. n: [BLOCK_N] columns of the module. No matrix unit: for so few rows it
+    would wait for more than it computes, and one row would be padded to 16.
+    """
+    b_word = tl.load(record + _MODULE + 3 * module)
+    if b_word != _ABSENT:
+        num_tokens = tl.load(record + RECORD_NUM_TOKENS)
+        h_rank = tl.load(record + _RANK)
+        num_parts = tl.load(record + _PARTS)
+        rank = tl.load(record + _MODULE + 3 * module + 1)
+        h_first = tl.load(record + _H_START) + tl.load(record + _MODULE + 3 * module + 2)
+        word = words + b_word + layer * tl.load(record + _STRIDE)
+        gain_start = tl.load(word)
+        bias_start = tl.load(word + 1)
+        t = tl.arange(0, BLOCK_T)
+        part = tl.arange(0, _MAX_PARTS)
+        h_rows = h + h_first.to(tl.int64) + (part[:, None] * num_tokens + token + t[None, :]) * h_rank
+        is_h_row = (part < num_parts)[:, None] & (t < count)[None, :]
+        for low in range(0, rank, BLOCK_R):
+            r = low + tl.arange(0, BLOCK_R)
+            start = tl.load(word + 2 + r, mask=r < rank, other=-1)
+            b = tl.load(memory + start.to(tl.int64)[:, None] * UNIT + n[None, :],
+                        mask=(start >= 0)[:, None] & is_column[None, :], other=0.0)  # fmt: skip
+            parts = tl.load(h_rows[:, :, None] + r[None, None, :],
+                            mask=is_h_row[:, :, None] & (start >= 0)[None, None, :], other=0.0)  # fmt: skip
+            value = tl.sum(parts, axis=0)
+            y += tl.sum(value[:, :, None] * b.to(tl.float32)[None, :, :], axis=1)
+        y = _scale(y, gain_start, bias_start, memory, n, is_column, UNIT)
+    return y
+
+
+@triton.jit
+def add_tile(
+    y, t, is_token, record, n, is_column, h, memory, words, layer,
+    module, UNIT: tl.constexpr, BLOCK_R: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """gain (y + B h) + bias for the tokens t of a tile, on the matrix unit. y: [T, N] float32.
+
+    h is split into two 16-bit terms, so that nothing of it is lost.
+    """
+    b_word = tl.load(record + _MODULE + 3 * module)
+    if b_word != _ABSENT:
+        num_tokens = tl.load(record + RECORD_NUM_TOKENS)
+        h_rank = tl.load(record + _RANK)
+        num_parts = tl.load(record + _PARTS)
+        rank = tl.load(record + _MODULE + 3 * module + 1)
+        h_first = tl.load(record + _H_START) + tl.load(record + _MODULE + 3 * module + 2)
+        word = words + b_word + layer * tl.load(record + _STRIDE)
+        gain_start = tl.load(word)
+        bias_start = tl.load(word + 1)
+        h_rows = h + h_first.to(tl.int64) + t[:, None] * h_rank
+        for low in range(0, rank, BLOCK_R):
+            r = low + tl.arange(0, BLOCK_R)
+            start = tl.load(word + 2 + r, mask=r < rank, other=-1)
+            b = tl.load(memory + start.to(tl.int64)[:, None] * UNIT + n[None, :],
+                        mask=(start >= 0)[:, None] & is_column[None, :], other=0.0)  # fmt: skip
+            at = h_rows + r[None, :]
+            is_value = is_token[:, None] & (start >= 0)[None, :]
+            value = tl.load(at, mask=is_value, other=0.0)
+            for part in range(1, num_parts):
+                value += tl.load(at + part * num_tokens * h_rank, mask=is_value, other=0.0)
+            if EXACT:
+                y = tl.dot(value, b.to(tl.float32), y, input_precision="ieee")
+            else:
+                high = value.to(b.dtype)
+                rest = (value - high.to(tl.float32)).to(b.dtype)
+                y = tl.dot(rest, b, y)
+                y = tl.dot(high, b, y)
+        y = _scale(y, gain_start, bias_start, memory, n, is_column, UNIT)
+    return y
+
+
+@triton.jit
+def _scale(y, gain_start, bias_start, memory, n, is_column, UNIT: tl.constexpr):
+    if gain_start >= 0:
+        gain = tl.load(memory + gain_start.to(tl.int64) * UNIT + n, mask=is_column, other=0.0)
+        y *= gain.to(tl.float32)[None, :]
+    if bias_start >= 0:
+        bias = tl.load(memory + bias_start.to(tl.int64) * UNIT + n, mask=is_column, other=0.0)
+        y += bias.to(tl.float32)[None, :]
+    return y

@@ -1,0 +1,188 @@
+"""Expand without a launch of its own: the kernels that read y next, with B h added on the way.
+
+One round's h must be complete (`LoraPlan.is_fusable`), and nothing may come between the base layer and its
+adapter. Each has a launch over rows, for decode steps, short chunks and rows without adapters, and one over
+wide tiles; a step launches those for which it has work.
+"""
+
+# mypy: disable-error-code="no-untyped-call"
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import triton
+
+from polybatch.errors import EngineError
+from polybatch.kernels.activation.cuda import silu_mul
+from polybatch.kernels.lora.cuda import CudaLora
+from polybatch.kernels.lora.cuda_rms_norm import rms_norm_rows, rms_norm_tiles
+from polybatch.kernels.lora.cuda_silu_mul import silu_mul_rows, silu_mul_tiles
+from polybatch.kernels.lora.cuda_write_kv import write_kv_rows, write_kv_tiles
+from polybatch.kernels.lora.work import BLOCK_TOKENS, GROUPS, LEAD_ROWS, WIDE, LoraPlan
+from polybatch.kernels.norm.cuda import MAX_WIDTH, rms_norm
+from polybatch.kernels.write_kv.cuda import write_kv
+
+QKV, O, GATE_UP, DOWN = range(len(GROUPS))  # noqa: E741
+
+# Chosen by benchmarks/cuda/lora.py on an H100. Columns of a block, rows of B in a turn for one token and for
+# several, warps.
+SILU_ROWS = (1024, 16, 8, 8)
+# Columns of a block, blocks of a program, warps.
+SILU_TILES = (128, 4, 8)
+# Elements of B in a turn for one token and for several, warps for 4,096 columns.
+NORM_ROWS = (1 << 16, 1 << 14, 16)
+SHARED_WIDTH = 4096
+# Columns of a block, tokens, warps.
+NORM_TILES = (256, 16, 4)
+# Heads of a program, rows of B in a turn, warps.
+WRITE_ROWS = (8, 16, 4)
+WRITE_TILES_WARPS = 4
+TILE_RANK = 16
+
+
+class FusedLora:
+    """One step's adapters, over device copies of what `work.fill` wrote.
+
+    words: from `CudaAdapters`. num_rows: of the step. Methods take the layer's pool as `memory`, flat, in
+    the dtype of the activations; h of the group must have been computed by `CudaLora.shrink`.
+    """
+
+    def __init__(
+        self,
+        lora: CudaLora,
+        words: torch.Tensor,
+        arrays: Mapping[str, torch.Tensor],
+        plan: LoraPlan,
+        num_rows: int,
+    ) -> None:
+        self._lora, self._words, self._plan, self._num_rows = lora, words, plan, num_rows
+        # Rows before these have no adapter and are the plain kernels'.
+        self._base = base = plan.num_base
+        self._rows = arrays["lora_rows"]
+        self._rest = self._rows[:, base:]
+        self._tiles = [arrays["lora_tiles"][0, group] for group in range(len(GROUPS))]
+        self._bounds = [arrays["lora_bounds"][0, WIDE, group] for group in range(len(GROUPS))]
+
+    def silu_mul(self, layer: int, memory: torch.Tensor, gate_up: torch.Tensor, out: torch.Tensor) -> None:
+        """`activation.cuda.silu_mul` of the base layer's gate_up [T, 2 N] and its adapters."""
+        width = out.shape[1]
+        common = (self._tiles[GATE_UP], self._lora.h, memory, self._words, layer)
+        base = self._base
+        if base:
+            silu_mul(gate_up[:base], out=out[:base])
+        if self._plan.has_rows:
+            columns, rank_one, rank_few, warps = SILU_ROWS
+            block = min(columns, triton.next_power_of_2(width))
+            silu_mul_rows[self._num_rows - base, triton.cdiv(width, block)](
+                gate_up[base:], gate_up.stride(0), out[base:], out.stride(0),
+                self._rest, self._rest.stride(0), *common,
+                WIDTH=width, BLOCK=block, UNIT=self._lora.unit, LEAD=LEAD_ROWS, RANK_ONE=rank_one,
+                RANK_FEW=rank_few, num_warps=warps,
+            )  # fmt: skip
+        if self._plan.num_wide:
+            block, num_blocks, warps = SILU_TILES
+            silu_mul_tiles[triton.cdiv(width, block * num_blocks), self._plan.num_wide](
+                gate_up, gate_up.stride(0), out, out.stride(0), self._bounds[GATE_UP], *common,
+                WIDTH=width, BLOCK=block, NUM_BLOCKS=num_blocks, UNIT=self._lora.unit,
+                BLOCK_T=BLOCK_TOKENS[WIDE], BLOCK_R=TILE_RANK, EXACT=self._lora.is_exact, num_warps=warps,
+            )  # fmt: skip
+
+    def rms_norm(
+        self,
+        group: int,
+        layer: int,
+        memory: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        *,
+        residual: torch.Tensor,
+        out: torch.Tensor,
+        rows: torch.Tensor | None = None,
+    ) -> None:
+        """`norm.cuda.rms_norm` of residual + x, where x is what the base layer made, and its adapters.
+
+        group: O or DOWN. layer: of that product. Raises EngineError for rows wider than 16,384.
+        """
+        width = x.shape[1]
+        if width > MAX_WIDTH:
+            raise EngineError(f"rms_norm got rows of {width} elements; at most {MAX_WIDTH} fit in registers")
+        common = (self._tiles[group], self._lora.h, memory, self._words, layer)
+        base, num_rows, lists = self._base, self._num_rows - self._base, self._rest
+        if rows is not None:
+            base, num_rows, lists = 0, len(rows), self._rows
+        elif base:
+            rms_norm(x[:base], weight, eps, residual=residual[:base], out=out[:base])
+        if num_rows and (self._plan.has_rows or rows is not None):
+            of_one, of_few, most_warps = NORM_ROWS
+            block = triton.next_power_of_2(width)
+            # Registers hold so many elements of B; those of 32 bits count twice.
+            share = (1 + self._lora.is_exact) * block
+            rms_norm_rows[(num_rows,)](
+                x[base:], x.stride(0), residual[base:], residual.stride(0), rows, weight,
+                out[base:], out.stride(0), eps, lists, lists.stride(0), *common,
+                WIDTH=width, BLOCK=block, HAS_CHOSEN=rows is not None, UNIT=self._lora.unit,
+                LEAD=LEAD_ROWS if block <= SHARED_WIDTH else 1, RANK_ONE=min(max(of_one // share, 1), 16),
+                RANK_FEW=min(max(of_few // share, 1), 16),
+                num_warps=min(max(block * most_warps // 4096, 1), 16),
+            )  # fmt: skip
+        if self._plan.num_wide and rows is None:
+            block, tokens, warps = NORM_TILES
+            pieces = BLOCK_TOKENS[WIDE] // tokens
+            rms_norm_tiles[(self._plan.num_wide * pieces,)](
+                x, x.stride(0), residual, residual.stride(0), weight, out, out.stride(0), eps,
+                self._bounds[group], *common,
+                WIDTH=width, BLOCK=block, UNIT=self._lora.unit, BLOCK_T=tokens, PIECES=pieces,
+                BLOCK_R=TILE_RANK, EXACT=self._lora.is_exact, num_warps=warps,
+            )  # fmt: skip
+
+    def write_kv(
+        self,
+        layer: int,
+        memory: torch.Tensor,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        table: torch.Tensor,
+        kv_pages: torch.Tensor,
+        *,
+        bias: torch.Tensor | None = None,
+        q_norm: torch.Tensor | None = None,
+        k_norm: torch.Tensor | None = None,
+        eps: float = 0.0,
+    ) -> torch.Tensor:
+        """`write_kv.cuda.write_kv` of the base layer's qkv and its adapters; returns q, a view of qkv."""
+        kv_heads, page_size, dim = kv_pages.shape[2:]
+        heads = qkv.shape[1] // dim - 2 * kv_heads
+        common = (self._tiles[QKV], self._lora.h, memory, self._words, layer)
+        base, extra = self._base, (bias, q_norm, k_norm, eps)
+        if base:
+            write_kv(qkv[:base], positions[:base], slots[:base], table, kv_pages,
+                     bias=bias, q_norm=q_norm, k_norm=k_norm, eps=eps)  # fmt: skip
+        shape = {
+            "NUM_HEADS": heads, "KV_HEADS": kv_heads, "PAGE_SIZE": page_size, "DIM": dim,
+            "HALF": triton.next_power_of_2(dim // 2), "HAS_BIAS": bias is not None,
+            "HAS_NORM": q_norm is not None, "UNIT": self._lora.unit,
+        }  # fmt: skip
+        if self._plan.has_rows:
+            block, rank, warps = WRITE_ROWS
+            blocks = triton.cdiv(heads, block) + 2 * triton.cdiv(kv_heads, block)
+            write_kv_rows[self._num_rows - base, blocks](
+                qkv[base:], qkv.stride(0), positions[base:], slots[base:],
+                table, kv_pages, kv_pages.stride(0),
+                *extra, self._rest, self._rest.stride(0), *common, **shape, HEADS=block, BLOCK_R=rank,
+                num_warps=warps,
+            )  # fmt: skip
+        if self._plan.num_wide:
+            write_kv_tiles[heads + 2 * kv_heads, self._plan.num_wide](
+                qkv, qkv.stride(0), positions, slots, table, kv_pages, kv_pages.stride(0), *extra,
+                self._bounds[QKV], *common, **shape, BLOCK_T=BLOCK_TOKENS[WIDE], BLOCK_R=TILE_RANK,
+                EXACT=self._lora.is_exact, num_warps=WRITE_TILES_WARPS,
+            )  # fmt: skip
+        of_heads: torch.Tensor = qkv.unflatten(1, (heads + 2 * kv_heads, dim))
+        return of_heads[:, :heads]
+
+
+__all__ = ["DOWN", "GATE_UP", "QKV", "FusedLora", "O"]

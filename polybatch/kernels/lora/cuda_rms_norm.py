@@ -1,0 +1,130 @@
+"""rms_norm over residual + y + B h for CUDA: o and down get their adapters on the way into the norm.
+
+Rows of decode steps and short chunks are kept in registers, one to LEAD_ROWS to a program. Long chunks go
+through in two passes over blocks of columns, of which the second finds the residual in the cache. A row
+without adapter costs what it costs in `norm.cuda`. y + B h is rounded to the dtype, then the sum.
+"""
+
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from polybatch.kernels.lora.cuda_delta import (
+    RECORD_FIRST,
+    RECORD_NUM_TOKENS,
+    TILE_STRIDE,
+    add_rows,
+    add_tile,
+)
+
+
+@triton.jit(do_not_specialize=["layer", "max_rows"], do_not_specialize_on_alignment=["rows"])
+def rms_norm_rows(
+    x, x_stride, residual, residual_stride, chosen, weight, out, out_stride, eps,
+    rows, max_rows, tiles, h, memory, words, layer,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_CHOSEN: tl.constexpr, UNIT: tl.constexpr,
+    LEAD: tl.constexpr, RANK_ONE: tl.constexpr, RANK_FEW: tl.constexpr,
+):  # fmt: skip
+    """Grid: rows, or chosen ones, -1 for none; chosen ones leave the residual as it was."""
+    target = tl.program_id(0)
+    source = target
+    if HAS_CHOSEN:
+        source = tl.load(chosen + target)
+        if source < 0:
+            return
+        count = 1
+    else:
+        count = tl.load(rows + source)
+    tile = tl.load(rows + max_rows + source)
+    token = tl.load(rows + 2 * max_rows + source)
+    if count == 1:
+        _few_rows(x, x_stride, residual, residual_stride, weight, out, out_stride, eps, source, target,
+                  count, tile, token, tiles, h, memory, words, layer,
+                  WIDTH, BLOCK, HAS_CHOSEN, UNIT, 1, RANK_ONE)  # fmt: skip
+    elif LEAD == 1:
+        # Registers hold one such row at a time.
+        for i in range(count):
+            _few_rows(x, x_stride, residual, residual_stride, weight, out, out_stride, eps, source + i,
+                      target + i, 1, tile, token + i, tiles, h, memory, words, layer,
+                      WIDTH, BLOCK, HAS_CHOSEN, UNIT, 1, RANK_ONE)  # fmt: skip
+    elif count > 1:
+        _few_rows(x, x_stride, residual, residual_stride, weight, out, out_stride, eps, source, target,
+                  count, tile, token, tiles, h, memory, words, layer,
+                  WIDTH, BLOCK, HAS_CHOSEN, UNIT, LEAD, RANK_FEW)  # fmt: skip
+
+
+@triton.jit
+def _few_rows(
+    x, x_stride, residual, residual_stride, weight, out, out_stride, eps, source, target,
+    count, tile, token, tiles, h, memory, words, layer,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_CHOSEN: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    kind = out.dtype.element_ty
+    n = tl.arange(0, BLOCK)
+    t = tl.arange(0, BLOCK_T)
+    is_column = n < WIDTH
+    mask = (t < count)[:, None] & is_column[None, :]
+    at = (source + t).to(tl.int64)[:, None]
+    y = tl.load(x + at * x_stride + n[None, :], mask=mask, other=0.0).to(tl.float32)
+    stream = residual + at * residual_stride + n[None, :]
+    # Several rows leave no registers for what is needed last.
+    if BLOCK_T == 1:
+        before = tl.load(stream, mask=mask, other=0.0).to(tl.float32)
+    if tile >= 0:
+        y = add_rows(y, token, count, tiles + tile * TILE_STRIDE, n, is_column, h, memory, words, layer,
+                     0, UNIT, BLOCK_T, BLOCK_R, BLOCK)  # fmt: skip
+        y = y.to(kind).to(tl.float32)
+    if BLOCK_T > 1:
+        before = tl.load(stream, mask=mask, other=0.0).to(tl.float32)
+    row = (y + before).to(kind)
+    if not HAS_CHOSEN:
+        tl.store(stream, row, mask=mask)
+    scale = tl.load(weight + n, mask=is_column, other=0.0).to(tl.float32)
+    row = row.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(row * row, axis=1) / WIDTH + eps)
+    normal = (row * inverse[:, None]).to(kind).to(tl.float32)
+    to = (target + t).to(tl.int64)[:, None]
+    tl.store(out + to * out_stride + n[None, :], (normal * scale[None, :]).to(kind), mask=mask)
+
+
+@triton.jit(do_not_specialize=["layer"])
+def rms_norm_tiles(
+    x, x_stride, residual, residual_stride, weight, out, out_stride, eps,
+    bounds, tiles, h, memory, words, layer,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, BLOCK_T: tl.constexpr,
+    PIECES: tl.constexpr, BLOCK_R: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Grid: PIECES of BLOCK_T tokens of each wide tile."""
+    kind = out.dtype.element_ty
+    record = tiles + (tl.load(bounds + 2) + tl.program_id(0) // PIECES) * TILE_STRIDE
+    t = (tl.program_id(0) % PIECES) * BLOCK_T + tl.arange(0, BLOCK_T)
+    is_token = t < tl.load(record + RECORD_NUM_TOKENS)
+    at = (tl.load(record + RECORD_FIRST) + t).to(tl.int64)[:, None]
+    squares = tl.zeros([BLOCK_T], dtype=tl.float32)
+    for low in range(0, WIDTH, BLOCK):
+        n = low + tl.arange(0, BLOCK)
+        is_column = n < WIDTH
+        mask = is_token[:, None] & is_column[None, :]
+        y = tl.load(x + at * x_stride + n[None, :], mask=mask, other=0.0).to(tl.float32)
+        stream = residual + at * residual_stride + n[None, :]
+        before = tl.load(stream, mask=mask, other=0.0).to(tl.float32)
+        y = add_tile(y, t, is_token, record, n, is_column, h, memory, words, layer,
+                     0, UNIT, BLOCK_R, EXACT)  # fmt: skip
+        row = (y.to(kind).to(tl.float32) + before).to(kind)
+        tl.store(stream, row, mask=mask)
+        squares += tl.sum(row.to(tl.float32) * row.to(tl.float32), axis=1)
+    inverse = tl.rsqrt(squares / WIDTH + eps)
+    # What other threads of the program stored is read now.
+    tl.debug_barrier()
+    for low in range(0, WIDTH, BLOCK):
+        n = low + tl.arange(0, BLOCK)
+        is_column = n < WIDTH
+        mask = is_token[:, None] & is_column[None, :]
+        row = tl.load(residual + at * residual_stride + n[None, :], mask=mask, other=0.0).to(tl.float32)
+        scale = tl.load(weight + n, mask=is_column, other=0.0).to(tl.float32)
+        normal = (row * inverse[:, None]).to(kind).to(tl.float32)
+        tl.store(out + at * out_stride + n[None, :], (normal * scale[None, :]).to(kind), mask=mask)
