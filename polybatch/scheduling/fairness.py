@@ -11,7 +11,8 @@ U = max(w_p * L, w_q * M), with L the longest prompt and M the tokens that one b
 tenants were given over any interval differs by at most 2 U. Hence nobody starves.
 
 Prompt tokens are charged once, at the first admission, and only those that had to be computed: a cached
-prefix costs nobody. Computing again after a preemption is the engine's doing and is not charged.
+prefix costs nobody. Computing again after a preemption is the engine's doing and is not charged. Rows of
+batches come after everything else and have accounts of their own, fair among each other.
 Source: Virtual Token Counter, "Fairness in Serving Large Language Models" (Sheng et al. 2024), algorithm 2.
 """
 
@@ -20,13 +21,22 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 
+from polybatch.request import Request
 from polybatch.scheduling.plan import StepPlan, StepResult
+from polybatch.scheduling.policies import BATCH_PRIORITY
 from polybatch.scheduling.track import Track
 from polybatch.scheduling.waiting import Waiting, WaitingQueue
 
 INPUT_WEIGHT = 1
 OUTPUT_WEIGHT = 2
 """A generated token costs a step, a prompt's token only a share of one; also the usual ratio of prices."""
+
+Account = tuple[bool, str]
+"""Whether it is for rows of batches, and the tenant."""
+
+
+def account_of(request: Request) -> Account:
+    return request.priority >= BATCH_PRIORITY, request.tenant
 
 
 class FairQueue:
@@ -39,21 +49,21 @@ class FairQueue:
     __slots__ = ("_counters", "_last", "_num_admitted", "_num_waiting", "_queues")
 
     def __init__(self) -> None:
-        self._queues: dict[str, WaitingQueue] = {}
-        """Of tenants with something waiting, no others."""
-        self._counters: dict[str, int] = {}
-        self._last: str | None = None
-        """The tenant whose queue was the last to become empty."""
+        self._queues: dict[Account, WaitingQueue] = {}
+        """Of accounts with something waiting, no others."""
+        self._counters: dict[Account, int] = {}
+        self._last: dict[bool, Account] = {}
+        """Per class the account whose queue was the last to become empty."""
         self._num_waiting = 0
         self._num_admitted = 0
 
     @property
-    def counters(self) -> dict[str, int]:
-        """Weighted tokens of every tenant ever seen, lifts included."""
+    def counters(self) -> dict[Account, int]:
+        """Weighted tokens of every account ever seen, lifts included."""
         return self._counters
 
     @property
-    def tenants(self) -> frozenset[str]:
+    def waiting(self) -> frozenset[Account]:
         """Who has something waiting."""
         return frozenset(self._queues)
 
@@ -62,66 +72,66 @@ class FairQueue:
 
     def head(self, n: int) -> Iterator[Track]:
         """Up to `n` tracks; between two of them counters may grow by `admitted`, and the order follows."""
-        tracks: dict[str, list[Track]] = {}
-        heap = [(self._counters[tenant], queue.head(1)[0].key, tenant)
-                for tenant, queue in self._queues.items()]  # fmt: skip
+        tracks: dict[Account, list[Track]] = {}
+        heap = [(account[0], self._counters[account], queue.head(1)[0].key, account)
+                for account, queue in self._queues.items()]  # fmt: skip
         heapq.heapify(heap)
         num_left = n
         while heap and num_left:
-            tenant = heap[0][2]
-            if tenant not in tracks:
+            account = heap[0][3]
+            if account not in tracks:
                 # Reversed, to be taken from the end.
-                tracks[tenant] = self._queues[tenant].head(num_left)[::-1]
-            rest = tracks[tenant]
+                tracks[account] = self._queues[account].head(num_left)[::-1]
+            rest = tracks[account]
             yield rest.pop()
             num_left -= 1
             if rest:
-                heapq.heapreplace(heap, (self._counters[tenant], rest[-1].key, tenant))
+                heapq.heapreplace(heap, (account[0], self._counters[account], rest[-1].key, account))
             else:
                 heapq.heappop(heap)
 
     def push(self, track: Track) -> None:
-        tenant = track.seq.request.tenant
-        queue = self._queues.get(tenant)
+        account = account_of(track.seq.request)
+        queue = self._queues.get(account)
         if queue is None:
-            self._lift(tenant)
-            queue = self._queues[tenant] = WaitingQueue()
+            self._lift(account)
+            queue = self._queues[account] = WaitingQueue()
         queue.push(track)
         self._num_waiting += 1
 
     def remove(self, track: Track) -> None:
         """Take a track out, wherever it is. Raises ValueError if it is not there."""
-        tenant = track.seq.request.tenant
-        queue = self._queues.get(tenant)
+        account = account_of(track.seq.request)
+        queue = self._queues.get(account)
         if queue is None:
             raise ValueError(f"{track.seq!r} does not wait")
         queue.remove(track)
         self._num_waiting -= 1
         if not queue:
-            del self._queues[tenant]
-            self._last = tenant
+            del self._queues[account]
+            self._last[account[0]] = account
 
     def admitted(self, track: Track) -> None:
         """Charge the part of a prompt that is to be computed; called once, when it is first admitted."""
-        track.key = (0, self._num_admitted)
+        account = account_of(track.seq.request)
+        track.key = (int(account[0]), self._num_admitted)
         self._num_admitted += 1
-        self._counters[track.seq.request.tenant] += INPUT_WEIGHT * track.seq.num_uncomputed
+        self._counters[account] += INPUT_WEIGHT * track.seq.num_uncomputed
 
     def served(self, plan: StepPlan, result: StepResult) -> None:
         """Charge a step's tokens."""
         counters = self._counters
         for chunk, new in zip(plan.chunks, result.tokens, strict=True):
             if new:
-                counters[chunk.seq.request.tenant] += OUTPUT_WEIGHT * len(new)
+                counters[account_of(chunk.seq.request)] += OUTPUT_WEIGHT * len(new)
 
-    def _lift(self, tenant: str) -> None:
+    def _lift(self, account: Account) -> None:
         """No credit for time without work: not less than those who wait, or than who waited last."""
         counters = self._counters
-        if self._queues:
-            floor = min(counters[waiting] for waiting in self._queues)
-        else:
-            floor = 0 if self._last is None else counters[self._last]
-        counters[tenant] = max(counters.get(tenant, 0), floor)
+        others = [counters[other] for other in self._queues if other[0] == account[0]]
+        if not others and account[0] in self._last:
+            others = [counters[self._last[account[0]]]]
+        counters[account] = max(counters.get(account, 0), min(others, default=0))
 
 
 def queue_for(policy: str) -> Waiting:

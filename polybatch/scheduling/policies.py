@@ -14,6 +14,9 @@ from polybatch.request import Request
 
 Key = tuple[int, int]
 
+BATCH_PRIORITY = 1 << 40
+"""`Request.priority` of rows of batches: after everything else, whatever the policy."""
+
 
 class Policy(Protocol):
     """Gives a request its place when it is added.
@@ -37,7 +40,7 @@ def priority(request: Request, order: int) -> Key:
 
 def fair(request: Request, order: int) -> Key:
     """First come, first served within a tenant; between tenants see `polybatch.scheduling.fairness`."""
-    return (1, order)
+    return (2, order)
 
 
 POLICIES: dict[str, Policy] = {"fcfs": fcfs, "priority": priority, "fair": fair}

@@ -12,6 +12,7 @@ from scheduling_helpers import Driver, pool_of, request_of
 from polybatch.config import SchedulerConfig
 from polybatch.request import Request, Sequence, SequenceStatus
 from polybatch.scheduling.fairness import INPUT_WEIGHT, OUTPUT_WEIGHT, FairQueue
+from polybatch.scheduling.policies import BATCH_PRIORITY
 
 MAX_PROMPT, MAX_OUTPUT = 12, 16
 
@@ -80,9 +81,9 @@ def test_two_backlogged_tenants_are_served_alike_within_the_bound(
                 counts[tenant] += 1
         ledger.step()
         history.append(ledger.service.copy())
-        waiting = ledger.queue.tenants
+        waiting = [tenant for _, tenant in ledger.queue.waiting]
         backlogged_since = {tenant: backlogged_since.get(tenant, step) for tenant in waiting}
-        counters = ledger.queue.counters
+        counters = {tenant: count for (_, tenant), count in ledger.queue.counters.items()}
         for one in waiting:
             for other in waiting:
                 assert counters[one] - counters[other] <= bound
@@ -131,11 +132,11 @@ def test_time_without_work_is_not_saved_up() -> None:
         ledger.add(request_of(f"b{number}", 4, 4, tenant="b"))
     for _ in range(40):
         ledger.step()
-    spent = ledger.queue.counters["b"]
+    spent = ledger.queue.counters[False, "b"]
     assert spent > 50
     for number in range(10):
         ledger.add(request_of(f"a{number}", 4, 4, tenant="a"))
-    assert ledger.queue.counters["a"] == spent
+    assert ledger.queue.counters[False, "a"] == spent
     served = ledger.service.copy()
     for _ in range(32):
         ledger.step()
@@ -148,7 +149,7 @@ def test_an_empty_queue_remembers_who_was_served_last() -> None:
     ledger.add(request_of("b", 4, 4, tenant="b"))
     ledger.run()
     ledger.add(request_of("a", 4, 4, tenant="a"))
-    assert ledger.queue.counters["a"] == ledger.queue.counters["b"] > 0
+    assert ledger.queue.counters[False, "a"] == ledger.queue.counters[False, "b"] > 0
 
 
 def test_the_last_admitted_yields_first_even_if_it_arrived_before() -> None:
@@ -169,6 +170,19 @@ def test_aborted_requests_leave_no_trace_in_the_queue() -> None:
         ledger.add(request_of(tenant, 4, 4, tenant=tenant))
     for tenant in "cab":
         ledger.abort(tenant)
-    assert not ledger.queue.tenants
+    assert not ledger.queue.waiting
     assert len(ledger.queue) == 0
-    assert ledger.queue.counters == {"a": 0, "b": 0, "c": 0}
+    assert ledger.queue.counters == {(False, "a"): 0, (False, "b"): 0, (False, "c"): 0}
+
+
+def test_rows_of_batches_wait_for_everybody_else_and_cost_their_tenant_nothing_there() -> None:
+    ledger = Ledger(SchedulerConfig(max_num_seqs=1, policy="fair", enable_prefix_caching=False), 64)
+    for number in range(3):
+        ledger.add(request_of(f"row{number}", 4, 4, tenant="a", priority=BATCH_PRIORITY))
+    ledger.step()
+    for number in range(3):
+        ledger.add(request_of(f"b{number}", 4, 4, tenant="b"))
+        ledger.add(request_of(f"a{number}", 4, 4, tenant="a"))
+    ledger.run()
+    order = [seq.request.request_id for seq in ledger.finished]
+    assert order == ["row0", "b0", "a0", "b1", "a1", "b2", "a2", "row1", "row2"]
