@@ -30,12 +30,14 @@ from polybatch.engine.deltas import OutputCollector
 from polybatch.engine.door import Door
 from polybatch.engine.front import AdapterTable, FrontModel, open_front
 from polybatch.engine.messages import RequestDelta
+from polybatch.engine.observer import Observer
 from polybatch.engine.ports import TextTokenizer
+from polybatch.engine.snapshot import EngineSnapshot
 from polybatch.engine.stats import EngineStats
 from polybatch.errors import AdapterError, ConfigError, EngineError, PolybatchError, RequestError
+from polybatch.mixture import AdapterChoice
 from polybatch.request import AdapterRef, Request, RequestOutput, SamplingParams
 
-from polybatch.mixture import AdapterChoice
 logger = logging.getLogger("polybatch.engine")
 
 LONG_TEXT_CHARS = 20_000
@@ -139,6 +141,7 @@ class AsyncLLM:
         self.state = EngineState.STARTING
         self.num_restarts = 0
         self.adapter_paths = {name: str(path) for name, path in (adapters or {}).items()}
+        self.observer = Observer()
         self._table = AdapterTable()
         self._tokenizer = tokenizer
         self._reason = "it is loading the model"
@@ -194,6 +197,11 @@ class AsyncLLM:
     def max_model_len(self) -> int:
         """Prompt and output in tokens."""
         return self._ready.max_model_len
+
+    @property
+    def page_size(self) -> int:
+        """Tokens of a page."""
+        return self._ready.page_size
 
     @property
     def num_pool_tokens(self) -> int:
@@ -258,10 +266,10 @@ class AsyncLLM:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        tenant: str = "",
     ) -> Request:
         """Check a request for `submit`. prompt: token ids. Raises RequestError."""
         return self._door.prepare(
-        tenant: str = "",
             f"async-{next(self._ids)}" if request_id is None else request_id,
             prompt, params, adapter, priority=priority, cache_salt=cache_salt, tenant=tenant,
         )  # fmt: skip
@@ -280,6 +288,7 @@ class AsyncLLM:
             raise RequestError(str(error), field="prompt") from error
         stream = RequestStream(request, lambda: self._drop(request.request_id))
         self._streams[request.request_id] = stream
+        self.observer.submitted(request)
         return stream
 
     async def generate(
@@ -316,7 +325,7 @@ class AsyncLLM:
     def fail_all(self, message: str) -> None:
         """End every request in flight with `EngineDownError`."""
         for stream in list(self._streams.values()):
-            stream.close()
+            self._drop(stream.request.request_id, is_failed=True)
             stream.put(EngineDownError(message))
 
     async def wait_idle(self) -> None:
@@ -353,6 +362,10 @@ class AsyncLLM:
         """Counters of the engine process. Raises EngineDownError."""
         return await self._call(ms.GetStats, lambda reply: reply.stats)
 
+    async def snapshot(self, after_step: int = -1) -> EngineSnapshot:
+        """The engine at this moment, with its steps after one that is known. Raises EngineDownError."""
+        return await self._call(lambda call_id: ms.GetSnapshot(call_id, after_step), lambda r: r.snapshot)
+
     async def _call(self, make: Callable[[int], ms.ToEngine], pick: Callable[[ms.Reply], T | None]) -> T:
         connection, call_id = self._live_connection(), next(self._ids)
         future: asyncio.Future[ms.Reply] = asyncio.get_running_loop().create_future()
@@ -374,10 +387,12 @@ class AsyncLLM:
             raise EngineDownError(f"the engine is {self.state.value}: {self._reason}; try again later")
         return self._connection
 
-    def _drop(self, request_id: str) -> None:
+    def _drop(self, request_id: str, *, is_failed: bool = False) -> None:
         """Forget a request that nobody listens to any more, and have the engine end it."""
-        if self._streams.pop(request_id, None) is None:
+        stream = self._streams.pop(request_id, None)
+        if stream is None:
             return
+        self.observer.dropped(stream.request, is_failed=is_failed)
         self._note_change()
         if self._connection is not None and self.state is EngineState.READY:
             self._connection.send(ms.Abort(request_id))
@@ -388,6 +403,7 @@ class AsyncLLM:
                 stream = self._streams.get(delta.request_id)
                 if stream is None:
                     continue
+                self.observer.received(stream.request, delta)
                 if delta.is_finished:
                     del self._streams[delta.request_id]
                     self._note_change()

@@ -13,7 +13,7 @@ fault is its own, all requests in flight where a step fails. Not thread-safe.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,10 +25,11 @@ from polybatch.engine.door import Door
 from polybatch.engine.outputs import Completion, Progress, score_prompt
 from polybatch.engine.ports import AdapterSource, TextTokenizer
 from polybatch.engine.stats import EngineStats, StepTimes
+from polybatch.engine.step_log import StepLog
 from polybatch.errors import EngineError, RequestError
 from polybatch.execution.executor import AheadExecutor, Executor, Launch
-from polybatch.request import FinishReason, Request, RequestOutput, SamplingParams, Sequence, SequenceStatus
 from polybatch.mixture import AdapterChoice
+from polybatch.request import FinishReason, Request, RequestOutput, SamplingParams, Sequence, SequenceStatus
 from polybatch.sampling.sampler import Sampled, Sampler
 from polybatch.scheduling.plan import PENDING, LogitRows, StepPlan, StepResult
 from polybatch.scheduling.scheduler import Scheduler
@@ -75,6 +76,7 @@ class EngineCore:
         self.tokenizer, self.store = tokenizer, store
         self.door = Door(executor.spec, max_model_len, tokenizer, store, seed, clock)
         self.times = StepTimes()
+        self.step_log = StepLog(scheduler.arena.adapters.is_resident)
         self._clock = clock
         self._sampler = Sampler(executor.spec.vocab_size)
         self._requests: dict[str, Progress] = {}
@@ -101,16 +103,17 @@ class EngineCore:
             raise RequestError(
                 f"request_id {request.request_id!r} is in use: choose another", field="request_id"
             )
-        seqs = self.scheduler.add(request, self._clock())
-        if request.adapter is not None and self.store is not None:
         if request.adapter is not None and request.adapter.parts and self.store is not None:
             request = replace(request, adapter=self.store.mix(request.adapter))
+        seqs = self.scheduler.add(request, self._clock())
+        if request.adapter is not None and self.store is not None:
             self.store.hold(request.adapter.digest)
         progress = Progress(request, stream)
         progress.completions = [Completion(seq, progress, self.tokenizer) for seq in seqs]
         progress.num_live = len(seqs)
         self._live.update(zip(seqs, progress.completions, strict=True))
         self._requests[request.request_id] = progress
+        self.step_log.submitted(progress)
         self._num_submitted += 1
         self._num_prompt_tokens += len(request.prompt_token_ids)
 
@@ -148,7 +151,10 @@ class EngineCore:
             plan = self.scheduler.plan(now)
             if plan is None and self._flight is None:
                 raise EngineError(f"nothing can be scheduled while {len(self._requests)} requests wait")
+            if plan is not None:
+                self.step_log.planned(plan, now)
             self._advance(plan, now, started)
+            self.step_log.stepped(time.perf_counter() - started)
         except BaseException as error:
             self._flight = None
             message = str(error) if isinstance(error, EngineError) else f"a step failed: {error!r}"
@@ -172,6 +178,10 @@ class EngineCore:
             return None
         self._end([request_id], FinishReason.ABORT, None)
         return self._finished.pop()
+
+    def live(self) -> Iterable[Progress]:
+        """Requests in the engine, in the order they came; to be looked at only."""
+        return self._requests.values()
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -373,6 +383,7 @@ class EngineCore:
 
     def _retire(self, progress: Progress) -> None:
         progress.finished_s = self._clock()
+        self.step_log.finished(progress)
         request = progress.request
         del self._requests[request.request_id]
         self._num_finished += 1

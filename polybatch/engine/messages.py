@@ -3,7 +3,7 @@
 A frame is four bytes of length, little-endian, and a message in msgpack. Every message is a typed struct
 of a closed union, so that nothing can arrive but these, with these fields: no pickle, nothing to execute.
 
-    front -> engine   Start | Submit | Abort | AddAdapter | RemoveAdapter | GetStats | Shutdown
+    front -> engine   Start | Submit | Abort | AddAdapter | RemoveAdapter | GetStats | GetSnapshot | Shutdown
     engine -> front   Ready | StartFailed | Outputs | Reply | Heartbeat
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import msgspec
 
 from polybatch.config import ModelSpec
+from polybatch.engine.snapshot import EngineSnapshot
 from polybatch.engine.stats import EngineStats
 from polybatch.errors import (
     AdapterError,
@@ -68,6 +69,13 @@ class RemoveAdapter(msgspec.Struct, array_like=True, frozen=True, tag=True):
 
 class GetStats(msgspec.Struct, array_like=True, frozen=True, tag=True):
     call_id: int
+
+
+class GetSnapshot(msgspec.Struct, array_like=True, frozen=True, tag=True):
+    """after_step: index of the last step that is known, -1 for none."""
+
+    call_id: int
+    after_step: int
 
 
 class Shutdown(msgspec.Struct, array_like=True, frozen=True, tag=True):
@@ -134,6 +142,7 @@ class Reply(msgspec.Struct, array_like=True, frozen=True, tag=True):
     fault: Fault | None = None
     adapter: AdapterRef | None = None
     stats: EngineStats | None = None
+    snapshot: EngineSnapshot | None = None
 
 
 class Heartbeat(msgspec.Struct, array_like=True, frozen=True, tag=True):
@@ -147,7 +156,7 @@ class Heartbeat(msgspec.Struct, array_like=True, frozen=True, tag=True):
     is_busy: bool
 
 
-ToEngine = Start | Submit | Abort | AddAdapter | RemoveAdapter | GetStats | Shutdown
+ToEngine = Start | Submit | Abort | AddAdapter | RemoveAdapter | GetStats | GetSnapshot | Shutdown
 ToFront = Ready | StartFailed | Outputs | Reply | Heartbeat
 
 _encoder = msgspec.msgpack.Encoder()

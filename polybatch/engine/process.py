@@ -24,6 +24,7 @@ from typing import Protocol
 from polybatch.engine import messages as ms
 from polybatch.engine.core import EngineCore
 from polybatch.engine.deltas import DeltaCutter
+from polybatch.engine.snapshot import take_snapshot
 from polybatch.engine.stub import is_stub, stub_core
 from polybatch.errors import AdapterError, EngineError, PolybatchError, RequestError
 from polybatch.request import AdapterRef, Request, RequestOutput
@@ -127,6 +128,9 @@ class EngineLoop:
                 self._call(message.call_id, lambda: self._adapters.remove(message.name))
             case ms.GetStats():
                 self._send(ms.Reply(message.call_id, stats=self._core.stats()))
+            case ms.GetSnapshot():
+                snapshot = take_snapshot(self._core, message.after_step)
+                self._send(ms.Reply(message.call_id, snapshot=snapshot))
             case _:
                 raise EngineError(f"the front sent {type(message).__name__} to an engine that runs")
 

@@ -9,7 +9,7 @@ are another adapter.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from polybatch.errors import EngineError
 from polybatch.memory.pages import Clock, PagePool
@@ -138,6 +138,10 @@ class AdapterCache:
             self._idle[digest] = entry
             self.num_evictable += len(entry.pages)
         self.evict(digest)
+
+    def resident(self) -> Iterable[ResidentAdapter]:
+        """Adapters in the pool, to be looked at only."""
+        return self._resident.values()
 
     def pages(self) -> list[int]:
         """All pages of resident adapters, each once."""

@@ -107,6 +107,11 @@ class PagePool:
         """Whether only the prefix tree holds the page."""
         return self.refs[page] == 1 and self._in_tree[page] == 1
 
+    @property
+    def in_tree(self) -> bytes:
+        """1 for each page that the prefix tree holds, 0 for the others."""
+        return bytes(self._in_tree)
+
     def check(self) -> None:
         """Assert that the counters agree with the counts. O(num_pages); for tests."""
         assert self.num_fresh <= len(self._free), "a fresh page is not free"

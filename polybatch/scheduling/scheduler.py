@@ -21,6 +21,7 @@ Source: Sarathi-Serve (Agrawal et al. 2024) for the step, vLLM (Kwon et al. 2023
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Iterable
 from operator import attrgetter
 
 from polybatch.config import PoolSpec, SchedulerConfig
@@ -76,6 +77,15 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(self._track_of)
+
+    @property
+    def arena(self) -> Arena:
+        """Its pages, to be looked at only."""
+        return self._arena
+
+    def live(self) -> Iterable[Sequence]:
+        """All sequences that wait or run, in the order they came."""
+        return self._track_of.keys()
 
     def add(self, request: Request, now: float) -> list[Sequence]:
         """Accept a request: `params.n` waiting sequences.
