@@ -217,7 +217,7 @@ def time_steps(executor: CudaExecutor, quick: bool, scale: int) -> dict[str, Any
     random = RandomAdapters(executor.spec, device=where, buffer_bytes=2**28 if quick else 2**30)
     held = [random.make(f"a{i}", 16) for i in range(16 if quick else 64)]
     result: dict[str, Any] = {}
-    steps = 20 if quick else 60
+    steps = 2 if where == "cpu" else 20 if quick else 60
     for mix, adapters in (("plain", [None]), ("adapters", held)):
         length = 16 * scale
         whole = [hand.sequence(length, seed, adapters[seed % len(adapters)]) for seed in range(3)]
@@ -227,7 +227,7 @@ def time_steps(executor: CudaExecutor, quick: bool, scale: int) -> dict[str, Any
             result[f"logits {mix}"] = hand.forward([(seq, length)])
         result[f"prefill {length} {mix}"] = (time.perf_counter() - began) / 2
         hand.release(whole)
-        for batch in (1, 64):
+        for batch in (1, 4 if where == "cpu" else 64):
             seqs = [hand.sequence(scale, i, adapters[i % len(adapters)], 2 * steps) for i in range(batch)]
             for seq in seqs:
                 seq.num_computed = scale - 1
@@ -238,7 +238,7 @@ def time_steps(executor: CudaExecutor, quick: bool, scale: int) -> dict[str, Any
 
 
 def time_large(config: str, make: Callable[..., Build], quick: bool, scale: int) -> dict[str, Any]:
-    build = make(config, dtype="bfloat16", num_pages=60 * scale // 4 if scale < 64 else 7680,
+    build = make(config, dtype="bfloat16", num_pages=7680 if scale > 64 else 2000,
                  max_num_tokens=16 * scale + 64, max_num_seqs=64, max_model_len=16 * scale + 64)  # fmt: skip
     (one, two), starts = both(build, lambda executor: time_steps(executor, quick, scale))
     figures: dict[str, Any] = {"startup_s": starts}

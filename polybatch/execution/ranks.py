@@ -73,14 +73,15 @@ ALONE = Ranks()
 
 
 class RankGroup(Ranks):
-    """One of several ranks. group: a process group's backend, NCCL for GPUs or gloo for processes.
+    """One of several ranks.
 
+    group: a process group's backend, NCCL for GPUs or gloo for processes. can_abort: whether it knows how.
     What it does may be captured in a CUDA graph once each size of tensor was exchanged before.
     """
 
-    def __init__(self, group: Any, rank: int, size: int) -> None:
+    def __init__(self, group: Any, rank: int, size: int, *, can_abort: bool) -> None:
         self.rank, self.size = rank, size
-        self._group = group
+        self._group, self._can_abort = group, can_abort
         self._sum = dist.AllreduceOptions()
         self._from_first = dist.BroadcastOptions()
         self._from_first.rootRank = 0
@@ -97,7 +98,7 @@ class RankGroup(Ranks):
 
     def abort(self) -> None:
         """Give up whatever waits for other ranks on a GPU. Between processes a lost one shows by itself."""
-        if self._group.name() == "nccl":
+        if self._can_abort:
             self._group.abort()
 
 
@@ -119,7 +120,7 @@ def join(store: str, rank: int, size: int, device: torch.device) -> RankGroup:
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = JOIN_TIMEOUT
             group = dist.ProcessGroupNCCL(held, rank, size, options)
-            ranks = RankGroup(group, rank, size)
+            ranks = RankGroup(group, rank, size, can_abort=True)
             ranks.reduce(torch.zeros(1, device=device))
             torch.cuda.synchronize(device)
     else:
@@ -127,7 +128,7 @@ def join(store: str, rank: int, size: int, device: torch.device) -> RankGroup:
         options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
         options._timeout = JOIN_TIMEOUT
         group = dist.ProcessGroupGloo(held, rank, size, options)
-        ranks = RankGroup(group, rank, size)
+        ranks = RankGroup(group, rank, size, can_abort=False)
         ranks.reduce(torch.zeros(1))
     return ranks
 
