@@ -91,6 +91,16 @@ def serve(
     max_n: Annotated[int, typer.Option(rich_help_panel=_LIMITS, help="Completions per prompt.")] = 32,
     max_logprobs: Annotated[int, typer.Option(rich_help_panel=_LIMITS)] = 20,
     max_stop_strings: Annotated[int, typer.Option(rich_help_panel=_LIMITS)] = 16,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(rich_help_panel=_HTTP, help="Keep files and batches here; without it there are none."),
+    ] = None,
+    max_file_bytes: Annotated[
+        int, typer.Option(rich_help_panel=_LIMITS, help="Of an upload to /v1/files.")
+    ] = 200 << 20,
+    max_tenant_file_bytes: Annotated[
+        int, typer.Option(rich_help_panel=_LIMITS, help="Of all files of one API key.")
+    ] = 4 << 30,
     drain_timeout: Annotated[
         float, typer.Option(rich_help_panel=_LIMITS, help="Seconds for running requests to end on SIGTERM.")
     ] = 30.0,
@@ -146,6 +156,7 @@ def serve(
         allowed_hosts=tuple(allowed_host or ()), max_num_queued_reqs=max_num_queued_reqs,
         max_num_queued_tokens=max_num_queued_tokens, max_body_bytes=max_body_bytes, max_n=max_n,
         max_logprobs=max_logprobs, max_stop_strings=max_stop_strings, drain_timeout_s=drain_timeout,
+        data_dir=data_dir, max_file_bytes=max_file_bytes, max_tenant_file_bytes=max_tenant_file_bytes,
     )  # fmt: skip
     settings = engine.engine_settings() | {"policy": scheduling_policy}
     llm = AsyncLLM(model, adapters, watch=Watch(stall_s=engine_hang_timeout), **settings)

@@ -7,10 +7,24 @@ from fastapi import FastAPI
 from polybatch import __version__
 from polybatch.server.errors import install_handlers
 from polybatch.server.gate import Gate
-from polybatch.server.routes import adapters, completions, health, models, tokens
+from polybatch.server.metrics import HttpMeter
+from polybatch.server.routes import (
+    adapters,
+    batches,
+    completions,
+    dashboard,
+    files,
+    health,
+    metrics,
+    models,
+    tokens,
+)
 from polybatch.server.state import ServerState
 
-ROUTERS = (completions.router, models.router, adapters.router, tokens.router, health.router)
+ROUTERS = (
+    completions.router, files.router, batches.router, models.router, adapters.router, tokens.router,
+    health.router, metrics.router, dashboard.router,
+)  # fmt: skip
 
 
 def create_app(state: ServerState) -> FastAPI:
@@ -21,4 +35,5 @@ def create_app(state: ServerState) -> FastAPI:
         app.include_router(router)
     install_handlers(app)
     app.add_middleware(Gate, config=state.config, keys=state.keys)
+    app.add_middleware(HttpMeter, meter=state.meter)
     return app

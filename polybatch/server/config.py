@@ -19,6 +19,8 @@ class ServerConfig:
     loaded at run time. allowed_hosts: Host headers besides those of this machine, for a server without keys.
     max_num_queued_reqs, max_num_queued_tokens: completions and prompt tokens that may wait; more are
     answered with 429. max_body_bytes: of a request. max_n, max_logprobs, max_stop_strings: per request.
+    data_dir: where files and batches are kept; without it there are none. max_file_bytes: of an upload;
+    max_tenant_file_bytes: of all files of a tenant; max_tenant_batches: under way at once.
     body_timeout_s: to send a request. send_timeout_s: to take a piece of an answer. drain_timeout_s: that
     running requests have to end on shutdown.
     """
@@ -36,6 +38,10 @@ class ServerConfig:
     max_n: int = 32
     max_logprobs: int = 20
     max_stop_strings: int = 16
+    data_dir: Path | None = None
+    max_file_bytes: int = 200 << 20
+    max_tenant_file_bytes: int = 4 << 30
+    max_tenant_batches: int = 64
     body_timeout_s: float = 60.0
     send_timeout_s: float = 60.0
     drain_timeout_s: float = 30.0

@@ -15,6 +15,7 @@ import uvicorn
 
 from polybatch.engine.async_llm import AsyncLLM
 from polybatch.server.app import create_app
+from polybatch.server.batches.service import BatchService
 from polybatch.server.config import ServerConfig
 from polybatch.server.protocol import LimitedProtocol
 from polybatch.server.state import ServerState
@@ -33,6 +34,8 @@ class DrainingServer(uvicorn.Server):
 
     def __init__(self, state: ServerState) -> None:
         config = state.config
+        if config.data_dir is not None:
+            state.batches = BatchService(state, config.data_dir)
         super().__init__(
             uvicorn.Config(
                 create_app(state), host=config.host, port=config.port, http=LimitedProtocol, ws="none",
@@ -48,13 +51,22 @@ class DrainingServer(uvicorn.Server):
         self.force_exit = self.should_exit
         self.should_exit = True
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._state.batches is not None:
+            self._state.batches.start()
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         draining = asyncio.create_task(self._drain())
         await super().shutdown(sockets)
         draining.cancel()
+        if self._state.batches is not None:
+            await self._state.batches.close()
 
     async def _drain(self) -> None:
         self._state.is_draining = True
+        if self._state.batches is not None:
+            await self._state.batches.stop()
         llm, limit_s = self._state.llm, self._state.config.drain_timeout_s
         logger.info("shutting down: %d requests may end within %g s", llm.num_in_flight, limit_s)
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from fastapi import Request
 
@@ -11,13 +12,19 @@ from polybatch.engine.async_llm import AsyncLLM
 from polybatch.server.admission import Admission
 from polybatch.server.auth import Keys
 from polybatch.server.config import ServerConfig
+from polybatch.server.engine_view import EngineView
+from polybatch.server.meter import RequestMeter
+
+if TYPE_CHECKING:
+    from polybatch.server.batches.service import BatchService
 
 DEFAULT_MAX_NUM_SEQS = 256
 
 
 @dataclass(slots=True)
 class ServerState:
-    """llm: started. started_s: Unix time. is_draining: no new work is taken any more."""
+    """llm: started. started_s: Unix time. is_draining: no new work is taken any more.
+    batches: None for a server that keeps no files. meter, view: what watchers read."""
 
     llm: AsyncLLM
     config: ServerConfig
@@ -25,20 +32,36 @@ class ServerState:
     admission: Admission
     started_s: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False
+    batches: BatchService | None = None
+    meter: RequestMeter = field(default_factory=RequestMeter)
+    view: EngineView = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.view = EngineView(self.llm)
+        self.llm.observer = self.meter
 
     @classmethod
     def create(cls, llm: AsyncLLM, config: ServerConfig) -> ServerState:
-        max_num_seqs = llm.settings.get("max_num_seqs") or DEFAULT_MAX_NUM_SEQS
-        assert isinstance(max_num_seqs, int)
         admission = Admission(
-            max_num_seqs, llm.num_pool_tokens, config.max_num_queued_reqs, config.max_num_queued_tokens
+            _max_num_seqs(llm), llm.num_pool_tokens, config.max_num_queued_reqs, config.max_num_queued_tokens
         )
         return cls(llm, config, Keys(config.api_keys, config.admin_api_keys), admission)
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Sequences that may run at once."""
+        return _max_num_seqs(self.llm)
 
     @property
     def fingerprint(self) -> str:
         """OpenAI's `system_fingerprint`: changes with the checkpoint."""
         return f"fp_{self.llm.fingerprint[:12]}"
+
+
+def _max_num_seqs(llm: AsyncLLM) -> int:
+    max_num_seqs = llm.settings.get("max_num_seqs") or DEFAULT_MAX_NUM_SEQS
+    assert isinstance(max_num_seqs, int)
+    return max_num_seqs
 
 
 def state_of(request: Request) -> ServerState:
