@@ -25,7 +25,15 @@ import torch
 
 from polybatch.kernels.ragged_attention import cuda
 from polybatch.kernels.ragged_attention import ragged_attention as reference
-from polybatch.kernels.ragged_attention.work import Heads, PrefixGroup, Tiles, Work, arrays, fill, make_limits
+from polybatch.kernels.ragged_attention.work import (
+    Heads,
+    PrefixGroup,
+    Tile,
+    Tiles,
+    arrays,
+    fill,
+    make_limits,
+)
 
 PAGE = 16
 LLAMA = Heads(32, 8, 128)
@@ -118,10 +126,8 @@ class Setup:
         shape = (self.num_pages, 2, self.heads.num_kv_heads, PAGE, self.heads.head_dim)
         return self.arena[layer].view(shape)
 
-    def launcher(
-        self, tiles: Tiles, *, combined: bool = False, dependent: bool = False
-    ) -> tuple[Callable[[int], None], Work]:
-        """launch(layer) under a configuration; combined: with the code of both kinds of item."""
+    def launcher(self, tiles: Tiles, *, is_dependent: bool = True) -> Callable[[int], None]:
+        """launch(layer) under a configuration."""
         step = self.step
         limits = make_limits(
             self.heads,
@@ -145,16 +151,16 @@ class Setup:
             cuda.ragged_attention(
                 self.q, self.out, self.arena[layer], self.table_gpu, self.positions, device, scratch,
                 self.heads, tiles, scale=self.heads.head_dim**-0.5, page_size=PAGE, window=step.window,
-                has_narrow=combined or work.has_narrow, has_wide=combined or work.has_wide,
-                is_dependent=dependent,
+                max_narrow=work.num_narrow, max_wide=work.num_wide, is_dependent=is_dependent,
             )  # fmt: skip
 
-        return launch, work
+        return launch
 
 
 def error(setup: Setup, tiles: Tiles) -> float:
     """Relative error in norm against float64; NaN where an output was not written."""
-    launch, _ = setup.launcher(tiles, combined=True)
+    launch = setup.launcher(tiles)
+    queries = setup.qkv.clone()
     worst = 0.0
     cu_tokens = torch.tensor([0, *np.cumsum(setup.counts).tolist()], dtype=torch.int32)
     expected, _ = reference(
@@ -164,6 +170,8 @@ def error(setup: Setup, tiles: Tiles) -> float:
     )  # fmt: skip
     for _ in range(3):  # a race would move the error from launch to launch
         setup.out.fill_(torch.nan)
+        setup.qkv.fill_(torch.nan)
+        setup.qkv.copy_(queries)  # the kernel before, whose end a launch has to wait for
         launch(0)
         ours = setup.out.double().view(expected.shape)
         worst = max(worst, float((ours - expected).norm() / expected.norm()))
@@ -201,28 +209,47 @@ CHECKED = [
 
 BASE = Tiles()
 NARROW = {
-    "both 64x3 2/SM": BASE,
-    "both 64x3 2/SM pdl": BASE,
-    "64x3 3/SM pdl": replace(BASE, programs_per_sm=3),
-    "64x3 3/SM": replace(BASE, programs_per_sm=3),
-    "64x3 3/SM x2": replace(BASE, programs_per_sm=3, waves=2),
-    "64x3 3/SM x4": replace(BASE, programs_per_sm=3, waves=4),
-    "64x4 2/SM": replace(BASE, num_stages=4),
-    "32x4 4/SM": replace(BASE, narrow_keys=32, num_stages=4, programs_per_sm=4),
-    "32x5 3/SM": replace(BASE, narrow_keys=32, num_stages=5, programs_per_sm=3),
-    "128x2 2/SM": replace(BASE, narrow_keys=128, num_stages=2),
-    "64x3 2 warps": replace(BASE, num_warps=2, programs_per_sm=3),
+    "64x3 r128": Tile(16, 64, programs_per_sm=3, max_registers=128),
+    "64x3 r128 pf": Tile(16, 64, programs_per_sm=3, max_registers=128, prefetch=True),
+    "64x3": Tile(16, 64, programs_per_sm=3),
+    "64x2 r128 pf": Tile(16, 64, num_stages=2, programs_per_sm=4, max_registers=128, prefetch=True),
+    "32x4 pf": Tile(16, 32, num_stages=4, programs_per_sm=4, max_registers=128, prefetch=True),
+    "32x4": Tile(16, 32, num_stages=4, programs_per_sm=4, max_registers=128),
 }
 WIDE = {
-    "64x64x3": BASE,
-    "64x64x3 x2": replace(BASE, waves=2),
-    "64x64x3 x4": replace(BASE, waves=4),
-    "64x64x2": replace(BASE, num_stages=2),
-    "64x32x3 3/SM": replace(BASE, wide_keys=32, narrow_keys=32, programs_per_sm=3),
-    "64x128x2": replace(BASE, wide_keys=128, num_stages=2, programs_per_sm=1),
-    "128x64x3 w8": replace(BASE, wide_rows=128, num_warps=8, programs_per_sm=1),
-    "128x64x2 w8": replace(BASE, wide_rows=128, num_warps=8, num_stages=2, programs_per_sm=1),
-    "128x128x2 w8": replace(BASE, wide_rows=128, wide_keys=128, num_warps=8, num_stages=2, programs_per_sm=1),
+    "128x64x3 r168": Tile(128, 64, num_warps=8, programs_per_sm=1, max_registers=168),
+    "128x64x3": Tile(128, 64, num_warps=8, programs_per_sm=1),
+    "128x64x2 r128": Tile(128, 64, num_warps=8, num_stages=2, max_registers=128),
+    "128x32x3 r128": Tile(128, 32, num_warps=8, max_registers=128),
+    "64x64x3": Tile(64, 64),
+    "64x64x2": Tile(64, 64, num_stages=2),
+    "64x32x3 r168": Tile(64, 32, programs_per_sm=3, max_registers=168),
+}
+DECODE_CONFIGS = {name: replace(BASE, narrow=tile) for name, tile in NARROW.items()} | {
+    "64x3 r128 after": replace(BASE, narrow=NARROW["64x3 r128"]),
+    "64x3 pf parts of 128": replace(BASE, narrow=NARROW["64x3 r128 pf"], min_part_keys=128),
+    "64x3 pf parts of 256": replace(BASE, narrow=NARROW["64x3 r128 pf"], min_part_keys=256),
+}
+PREFILL_CONFIGS = {name: replace(BASE, wide=tile) for name, tile in WIDE.items()}
+
+
+def _both(wide: str, narrow: str, per_sm: int) -> Tiles:
+    """Cut the wide items for so many programs on an SM, to leave room for narrow ones."""
+    return replace(BASE, wide=replace(WIDE[wide], programs_per_sm=per_sm), narrow=NARROW[narrow])
+
+
+MIXED_CONFIGS = {
+    "128x64x3 r168, 64x3": _both("128x64x3 r168", "64x3 r128", 1),
+    "128x64x3 r168, 64x3 pf": _both("128x64x3 r168", "64x3 r128 pf", 1),
+    "128x64x3 r168, 64x3 after": _both("128x64x3 r168", "64x3 r128", 1),
+    "128x64x3 r168, 64x2 pf": _both("128x64x3 r168", "64x2 r128 pf", 1),
+    "128x64x3, 64x3 pf": _both("128x64x3", "64x3 r128 pf", 1),
+    "128x32x3 1/SM, 64x3 pf": _both("128x32x3 r128", "64x3 r128 pf", 1),
+    "128x32x3 1/SM, 64x2 pf": _both("128x32x3 r128", "64x2 r128 pf", 1),
+    "128x32x3 2/SM, 64x3 pf": _both("128x32x3 r128", "64x3 r128 pf", 2),
+    "64x64x2 1/SM, 64x2 pf": _both("64x64x2", "64x2 r128 pf", 1),
+    "64x64x2 2/SM, 64x2 pf": _both("64x64x2", "64x2 r128 pf", 2),
+    "64x64x3 2/SM, 64x3 pf": _both("64x64x3", "64x3 r128 pf", 2),
 }
 RNG = np.random.default_rng(1)
 UNEVEN = [(int(n), 1) for n in RNG.integers(64, 960, 64)]
@@ -239,36 +266,27 @@ MIXED = [
     Step("verify 64 x 5 of 512", [(507, 5)] * 64),
     Step("200 decode + 512 prefill", [(511, 1)] * 200 + [(512, 512)]),
 ]
-QUICK = ("decode 1 x 512", "decode 64 x 512", "decode 256 x 512", "decode 4 x 32k")
+QUICK = ("decode 1 x 512", "decode 64 x 512", "decode 64 x 64..960", "decode 256 x 512", "decode 4 x 32k")
 
 
 def run_check(task: tuple[str, Any]) -> tuple[str, float, float]:
-    """In a process of its own: ("check", index), or ("compile", (tiles, is_wide)) to fill the disk cache."""
+    """In a process of its own: ("shape", index), or ("tiles", tiles), which also fills the disk's cache."""
     kind, what = task
-    if kind == "check":
+    if kind == "shape":
         heads, dtype = CHECKED[what]
-        tiles = cuda.choose_tiles(heads, dtype)
-        errors = [
-            error(Setup(step, heads, dtype, poison=True, seed=what), tiles) for step in check_steps(what)
-        ]
-        worst = float("nan") if any(e != e for e in errors) else max(errors)
-        return f"{heads.num_heads}/{heads.num_kv_heads} D{heads.head_dim} {dtype}", worst, TOLERANCE[dtype]
-    tiles, is_wide = what
-    steps = check_steps(3)
-    if is_wide:
-        worst = error(Setup(steps[0], LLAMA, torch.bfloat16, poison=True), tiles)
-        setup = Setup(Step("", [(0, 64)] * 4), LLAMA, torch.bfloat16)
+        name, tiles, seed = f"{heads} {dtype}", cuda.choose_tiles(heads, dtype), what
     else:
-        setup = Setup(Step("", [(100, 1)] * 4), LLAMA, torch.bfloat16)
-        worst = 0.0
-    setup.launcher(tiles)[0](0)
-    torch.cuda.synchronize()
-    return f"{'wide' if is_wide else 'narrow'} {tiles}", worst, TOLERANCE[torch.bfloat16]
+        heads, dtype = LLAMA, torch.bfloat16
+        name, tiles, seed = str(what), what, 3
+    steps = [*check_steps(seed), Step("decode", [(100, 1)] * 4)]
+    errors = [error(Setup(step, heads, dtype, poison=True, seed=seed), tiles) for step in steps]
+    worst = float("nan") if any(e != e for e in errors) else max(errors)
+    return name, worst, TOLERANCE[dtype]
 
 
-def time_step(setup: Setup, tiles: Tiles, *, combined: bool, dependent: bool) -> float:
-    """Seconds of one layer's launch: the median of graph replays over all layers."""
-    launch, _ = setup.launcher(tiles, combined=combined, dependent=dependent)
+def time_step(setup: Setup, tiles: Tiles, *, is_dependent: bool) -> float:
+    """Seconds of one layer's launches: the median of graph replays over all layers."""
+    launch = setup.launcher(tiles, is_dependent=is_dependent)
     repeats = max(1, 16 // setup.num_layers)
     launch(0)
     torch.cuda.synchronize()
@@ -298,11 +316,9 @@ def time_all(steps: list[Step], configs: dict[str, Tiles]) -> list[dict[str, Any
         floor = max(kv_bytes / READ_GB_S / 1e9, step.flop(LLAMA) / TFLOP_S / 1e12)
         for name, tiles in configs.items():
             try:
-                seconds = time_step(
-                    setup, tiles, combined=name.startswith("both"), dependent=name.endswith("pdl")
-                )
+                seconds = time_step(setup, tiles, is_dependent=not name.endswith("after"))
             except Exception as failure:  # noqa: BLE001 a variant that does not fit must not end the run
-                print(f"{step.name:28} {name:18} failed: {str(failure)[:120]}", flush=True)
+                print(f"{step.name:28} {name:26} failed: {str(failure)[:120]}", flush=True)
                 continue
             row = {
                 "step": step.name,
@@ -314,7 +330,7 @@ def time_all(steps: list[Step], configs: dict[str, Tiles]) -> list[dict[str, Any
             }
             rows.append(row)
             print(
-                f"{step.name:28} {name:18} {row['us']:9.1f} us {row['gb_s']:7.0f} GB/s "
+                f"{step.name:28} {name:26} {row['us']:9.1f} us {row['gb_s']:7.0f} GB/s "
                 f"{row['tflop_s']:6.0f} TFLOP/s {floor / seconds:6.1%} of the floor",
                 flush=True,
             )
@@ -329,27 +345,26 @@ def main() -> None:
     parser.add_argument("--checks-only", action="store_true")
     parser.add_argument("--out", type=Path, help="file for the results as JSON")
     options = parser.parse_args()
-    decode, narrow, wide = DECODE, NARROW, WIDE
-    if options.quick:
-        decode = [step for step in DECODE if step.name in QUICK]
-    tasks: list[tuple[str, Any]] = [("check", i) for i in range(len(CHECKED))]
+    decode = [step for step in DECODE if not options.quick or step.name in QUICK]
+    tasks: list[tuple[str, Any]] = [("shape", i) for i in range(len(CHECKED))]
+    configs = DECODE_CONFIGS | PREFILL_CONFIGS | MIXED_CONFIGS
     if not options.checks_only:
-        tasks += [("compile", (tiles, True)) for tiles in wide.values()]
-        tasks += [("compile", (tiles, False)) for tiles in narrow.values()]
-    with multiprocessing.get_context("spawn").Pool(8) as pool:
+        tasks += [("tiles", tiles) for tiles in dict.fromkeys(configs.values())]
+    with multiprocessing.get_context("spawn").Pool(14) as pool:
         checks = pool.map(run_check, tasks, chunksize=1)
     wrong = [c for c in checks if not c[1] < c[2]]
     for name, worst, limit in checks:
-        print(f"{'WRONG' if not worst < limit else 'right'} {worst:.2e} < {limit:.0e} {name[:100]}")
+        print(f"{'WRONG' if not worst < limit else 'right'} {worst:.2e} < {limit:.0e} {name[:120]}")
     if wrong:
         raise SystemExit("not timed: some results are wrong")
     rows: list[dict[str, Any]] = []
     if not options.checks_only:
-        rows = time_all(decode, narrow) + time_all(PREFILL + MIXED, wide)
+        rows = time_all(decode, DECODE_CONFIGS) + time_all(PREFILL, PREFILL_CONFIGS)
+        rows += time_all(MIXED, MIXED_CONFIGS)
     result = {
         "device": torch.cuda.get_device_name(0),
         "checks": [{"name": c[0], "error": c[1], "limit": c[2]} for c in checks],
-        "configs": {name: asdict(tiles) for name, tiles in {**NARROW, **WIDE}.items()},
+        "configs": {name: asdict(tiles) for name, tiles in configs.items()},
         "rows": rows,
     }
     if options.out:

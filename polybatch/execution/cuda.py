@@ -287,8 +287,8 @@ class CudaExecutor:
         stage.fields.open()["slots"][:num_rows] = -1
         stage.fields.send()
         rows = stage.fields.on["logit_rows"][: num_rows if is_first else 0]
-        for narrow, wide in ((True, False), (False, True), (True, True)):
-            works = {window: Work(1, 0, has_narrow=narrow, has_wide=wide) for window in stage.windows}
+        for narrow, wide in ((1, 0), (0, 1), (1, 1)):
+            works = {window: Work(narrow, wide, num_partials=0) for window in stage.windows}
             operations = StageOperations(stage, num_rows, lora=None, works=works)
             logits = run_layers(self._weights, self._space, operations, rows, num_rows)
             if is_first:

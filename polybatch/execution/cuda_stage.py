@@ -252,9 +252,9 @@ class StageOperations:
         ragged_attention(
             q, out, shared.pages[layer], shared.table.on, self._positions, self._attention[window],
             self._scratch, shared.heads, shared.tiles, scale=spec.head_dim**-0.5, page_size=shared.page_size,
-            window=window, max_items=self._limits.max_items if work is None else work.num_items,
-            has_narrow=work is None or work.has_narrow,
-            has_wide=self._has_wide if work is None else work.has_wide,
+            window=window, max_narrow=self._limits.max_narrow if work is None else work.num_narrow,
+            max_wide=self._limits.max_wide * self._has_wide if work is None else work.num_wide,
+            is_dependent=q.is_cuda,
         )  # fmt: skip
 
     def product(self, layer: int, name: str, x: torch.Tensor, out: torch.Tensor) -> None:

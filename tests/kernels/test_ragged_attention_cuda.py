@@ -16,6 +16,7 @@ from polybatch.kernels.ragged_attention import cuda, merge_states, ragged_attent
 from polybatch.kernels.ragged_attention.work import (
     Heads,
     PrefixGroup,
+    Tile,
     Tiles,
     arrays,
     fill,
@@ -27,7 +28,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter multiplies bfloat16 matrices as if they held integers.
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 PAGE = 16
-SMALL = Tiles(narrow_keys=16, wide_rows=32, wide_keys=32, num_stages=1)
+SMALL = Tiles(narrow=Tile(16, 16, num_stages=1), wide=Tile(32, 32, num_stages=1))
 
 
 @dataclass
@@ -124,8 +125,8 @@ def run_both(case):
             qkv.to(DEVICE)[:, :q_size].unflatten(1, (heads.num_heads, heads.head_dim)),
             out, arena, table.to(DEVICE), positions.to(DEVICE), on_device, scratch, heads, case.tiles,
             scale=heads.head_dim**-0.5, page_size=PAGE, window=case.window, lse=lse,
-            max_items=work.num_items + 1 if work.num_items < limits.max_items else None,
-            has_narrow=work.has_narrow, has_wide=work.has_wide,
+            max_narrow=work.num_narrow + 1 if 0 < work.num_narrow < limits.max_narrow else work.num_narrow,
+            max_wide=work.num_wide,
         )  # fmt: skip
     assert not bool(scratch.counters.any())
     cu_tokens = torch.tensor([0, *counts.tolist()]).cumsum(0).int()
@@ -224,7 +225,8 @@ def test_a_long_context_is_cut_and_merged_in_a_fixed_order():
 def test_a_group_reads_its_prefix_in_one_item_for_a_tile_of_members():
     chunks = [(128 + 5 * i, 1) for i in range(8)]
     views, _, work = plan(Case(chunks, [(8, list(range(8)))], num_sms=1))
-    items = views["attention_items"][: work.num_items]
+    items = views["attention_narrow_items"][: work.num_narrow]
+    assert work.num_wide == 0
     prefix = items[items[:, 4] == 128]
     assert prefix[:, 1].tolist() == [8]
     assert prefix[:, 3].tolist() == [0]
@@ -234,9 +236,12 @@ def test_a_group_reads_its_prefix_in_one_item_for_a_tile_of_members():
 def test_items_stand_with_the_longest_first_and_cover_each_key_once():
     case = Case([(0, 40), (900, 1), (33, 5), (300, 1)], num_sms=16)
     views, _, work = plan(case)
-    items = views["attention_items"][: work.num_items].astype(int)
-    lengths = items[:, 4] - items[:, 3]
-    assert (np.diff(lengths) <= 0).all()
+    kinds = [
+        views["attention_narrow_items"][: work.num_narrow].astype(int),
+        views["attention_wide_items"][: work.num_wide].astype(int),
+    ]
+    assert all((np.diff(items[:, 4] - items[:, 3]) <= 0).all() for items in kinds)
+    items = np.concatenate(kinds)
     for s, (context, new) in enumerate(case.chunks):
         last = items[items[:, 2] == s]
         last = last[last[:, 0] + last[:, 1] == last[:, 0].max() + last[last[:, 0].argmax(), 1]]
@@ -259,17 +264,27 @@ def test_the_limits_hold_any_plan(chunks, num_sms, waves, num_kv_heads, group, s
     groups = [(shared, list(range(len(chunks))))] if shared and len(chunks) > 1 else []
     case = Case(chunks, groups, heads=heads, num_sms=num_sms, tiles=Tiles(waves=waves))
     views, limits, work = plan(case)
-    assert work.num_items <= limits.max_items
+    assert work.num_narrow <= limits.max_narrow
+    assert work.num_wide <= limits.max_wide
     total = views["attention_parts"][: sum(new for _, new in chunks), 1]
     assert work.num_partials == int(total[total > 1].sum())
 
 
-@pytest.mark.parametrize("name", ["max_tokens", "max_items", "max_item_tokens", "max_partials"])
+@pytest.mark.parametrize("name", ["max_tokens", "max_narrow", "max_partials"])
 def test_a_plan_beyond_a_limit_names_it(name):
     case = Case([(64, 1), (90, 1), (200, 1)], [(2, [0, 1])])
     _, limits, _ = plan(case)
-    with pytest.raises(EngineError, match=f"{name} = .* room for 2"):
-        plan(case, replace(limits, **{name: 2}))
+    with pytest.raises(EngineError, match=f"{name} = .* room for 1"):
+        plan(case, replace(limits, **{name: 1}))
+
+
+def test_members_beyond_the_room_for_groups_read_the_prefix_themselves():
+    case = Case([(64, 6), (90, 1), (200, 2), (80, 3)], [(2, [0, 1, 2, 3])])
+    _, limits, _ = plan(case)
+    views, _, work = plan(case, replace(limits, max_group_tokens=5))
+    items = views["attention_narrow_items"][: work.num_narrow]
+    assert views["attention_tokens"][:3].tolist() == [6, 7, 8]
+    assert sorted(items[items[:, 3] == 0, 1].tolist()) == [3, 3, 6]
 
 
 def test_a_prefix_beyond_what_a_member_had_is_refused():

@@ -1,9 +1,13 @@
-"""Ragged attention over paged keys and values in Triton: one launch a layer, whatever the chunks.
+"""Ragged attention over paged keys and values in Triton: a launch a layer for each kind of item.
 
 A program takes one item of `work.py` for one key-value head: up to `rows` pairs of (token, query head of
 the group) against a range of keys, with an online softmax. Keys are masked by position alone, so prefill,
-decode, verification and shared prefixes are one code. Wide items use the big matrix instructions; narrow
-ones, decode, wait for memory whatever they compute.
+decode, verification and shared prefixes are one code, compiled twice: wide items use the big matrix
+instructions; narrow ones, decode, wait for memory whatever they compute.
+
+With programmatic dependent launch a program reads what the host planned while the kernel before ends.
+Where a step has items of both kinds, the narrow ones start as soon as all wide ones have, and fill the
+room that these leave on the SMs; the last of them waits for the wide ones, so that the launch ends last.
 
 A token in several items leaves its parts in scratch memory. Whoever finishes a row's last part, as the
 row's counter tells, merges all of them in the order of their numbers and sets the counter back to zero.
@@ -18,63 +22,61 @@ al. 2023), PagedAttention (Kwon et al. 2023).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from polybatch.kernels.ragged_attention.work import Heads, Limits, Tiles
+from polybatch.kernels.ragged_attention.work import Heads, Limits, Tile, Tiles
 
 LOG2_E = 1.4426950408889634
+# How a launch starts: after the kernel before; while that one ends; beside it, which started so itself.
+AFTER, DEPENDENT, BESIDE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
 def _turns(
-    q, m, total, acc, low, high, end, position, pool, page_stride, table, scale,
+    q, page, begin, end, seen_by_all, position, pool, page_stride, table, scale,
     D: tl.constexpr, D_PAD: tl.constexpr, V_OFFSET: tl.constexpr, PAGE: tl.constexpr,
-    WINDOW: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,
+    WINDOW: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over keys low to high, KEYS a turn; unmasked turns are seen whole by every row."""
+    """Online softmax over keys begin to end, KEYS a turn: (largest score, sum of weights, weighted values).
+
+    page: page ids of the first turn. seen_by_all: keys before it are seen by every row; turns that end
+    there are not masked.
+    """
     d = tl.arange(0, D_PAD)
     offset = tl.arange(0, KEYS)
-    # Page ids are read a turn ahead: the pipeline then waits for one load, not for one after the other.
-    page = tl.load(table + (low + offset) // PAGE, mask=low + offset < high, other=0)
-    for start in range(low, high, KEYS):
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, D_PAD], tl.float32)
+    for start in range(begin, end, KEYS):
         key = start + offset
         at = pool + (page.to(tl.int64) * page_stride + (key % PAGE) * D)[:, None] + d[None, :]
-        page = tl.load(table + (key + KEYS) // PAGE, mask=key + KEYS < high, other=0)
+        # Page ids are read a turn ahead: the pipeline then waits for one load, not for one after the other.
+        page = tl.load(table + (key + KEYS) // PAGE, mask=key + KEYS < end, other=0)
         # Slots past the end may hold NaN, which a weight of zero would not silence.
-        held = (key < end)[:, None] & (d < D)[None, :]
-        if MASKED:
-            k = tl.load(at, mask=held, other=0.0)
-        elif D < D_PAD:
-            k = tl.load(at, mask=(d < D)[None, :], other=0.0)
-        else:
-            k = tl.load(at)
+        held = (key < end)[:, None]
+        if D < D_PAD:
+            held &= (d < D)[None, :]
+        k = tl.load(at, mask=held, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if MASKED:
+        # Small tiles are masked at every turn: a branch would cost them more.
+        if ROWS <= 16 or WINDOW > 0 or start + KEYS > seen_by_all:
             seen = (key[None, :] <= position[:, None]) & (key < end)[None, :]
             if WINDOW > 0:
                 seen &= key[None, :] > position[:, None] - WINDOW
             scores = tl.where(seen, scores, float("-inf"))
         top = tl.maximum(m, tl.max(scores, 1) * scale)
-        if MASKED:
-            # A row that has seen nothing yet keeps -inf; its exponents use 0 instead.
-            base = tl.where(top == float("-inf"), 0.0, top)
-        else:
-            base = top
+        # A row that has seen nothing yet keeps -inf; its exponents use 0 instead.
+        base = tl.where(top == float("-inf"), 0.0, top)
         weights = tl.exp2(scores * scale - base[:, None])
         correction = tl.exp2(m - base)
         total = total * correction + tl.sum(weights, 1)
         acc = acc * correction[:, None]
-        if MASKED:
-            v = tl.load(at + V_OFFSET, mask=held, other=0.0)
-        elif D < D_PAD:
-            v = tl.load(at + V_OFFSET, mask=(d < D)[None, :], other=0.0)
-        else:
-            v = tl.load(at + V_OFFSET)
+        v = tl.load(at + V_OFFSET, mask=held, other=0.0)
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
         m = top
     return m, total, acc
@@ -103,10 +105,11 @@ def _load_part(
 def _merge(
     out_ptr, lse_ptr, partial, partial_lse, first, num_parts, rows, token, head,
     H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, HAS_LSE: tl.constexpr, ROWS: tl.constexpr,
+    WARPS: tl.constexpr,
 ):  # fmt: skip
     """Join the parts of the chosen rows."""
     # As many columns at a time as leave registers for four parts, each of which is a wait for memory.
-    COLUMNS: tl.constexpr = min(D_PAD, 2048 // ROWS)
+    COLUMNS: tl.constexpr = min(D_PAD, WARPS * 512 // ROWS)
     most = tl.max(tl.where(rows, num_parts, 0), 0)
     for column in range(0, D_PAD, COLUMNS):
         d = column + tl.arange(0, COLUMNS)
@@ -144,69 +147,32 @@ def _store(
 
 
 @triton.jit
-def _attend_item(
-    q_ptr, q_stride, out_ptr, lse_ptr, pool, page_stride, table, positions, item, tokens, parts,
-    partial, partial_lse, counters, kv_head, scale,
-    H: tl.constexpr, KH: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
-    WINDOW: tl.constexpr, HAS_LSE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    SPLIT_LOOP: tl.constexpr,
-):  # fmt: skip
-    """One item for one key-value head."""
-    G: tl.constexpr = H // KH
-    first = tl.load(item)
-    num_tokens = tl.load(item + 1)
-    begin = tl.load(item + 3)
-    end = tl.load(item + 4)
-    r = tl.arange(0, ROWS)
-    d = tl.arange(0, D_PAD)
-    rows = r // G < num_tokens
-    token = tl.load(tokens + first + r // G, mask=rows, other=0)
-    position = tl.load(positions + token, mask=rows, other=-1)
-    head = kv_head * G + r % G
-    cells = rows[:, None] & (d < D)[None, :]
-    q_at = (token.to(tl.int64) * q_stride + head * D)[:, None] + d[None, :]
-    q = tl.load(q_ptr + q_at, mask=cells, other=0.0)
-
-    m = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, D_PAD], tl.float32)
-    pool += kv_head * PAGE * D
-    V_OFFSET: tl.constexpr = KH * PAGE * D
-    masked_from = begin
-    if SPLIT_LOOP and WINDOW == 0:
-        # Keys up to the earliest of the item's positions are seen by all of its rows.
-        seen_by_all = tl.min(tl.where(rows, position, end), 0) + 1
-        whole_turns = tl.maximum(tl.minimum(seen_by_all, end) - begin, 0) // KEYS
-        masked_from = begin + whole_turns * KEYS
-        m, total, acc = _turns(
-            q, m, total, acc, begin, masked_from, end, position, pool, page_stride, table, scale,
-            D, D_PAD, V_OFFSET, PAGE, WINDOW, KEYS, False,
-        )  # fmt: skip
-    m, total, acc = _turns(
-        q, m, total, acc, masked_from, end, end, position, pool, page_stride, table, scale,
-        D, D_PAD, V_OFFSET, PAGE, WINDOW, KEYS, True,
+def _prefetch(rows, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Bring rows of D numbers to the L2 cache, a line of 128 bytes by each thread."""
+    LINE: tl.constexpr = 128 * 8 // rows.dtype.element_ty.primitive_bitwidth
+    line = tl.minimum(tl.arange(0, max(1, D_PAD // LINE)) * LINE, D - 1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [rows[:, None] + line[None, :]],
+        dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
-    if tl.load(item + 6) < 2:
-        _store(acc, m, total, out_ptr, lse_ptr, rows, token, head, d, H, D, HAS_LSE)
-    else:
-        part = tl.load(item + 5)
-        first_part = tl.load(parts + 2 * token, mask=rows, other=0)
-        num_parts = tl.load(parts + 2 * token + 1, mask=rows, other=0)
-        at = (first_part + part).to(tl.int64) * H + head
-        out = acc / tl.where(total > 0, total, 1.0)[:, None]
-        tl.store(partial + at[:, None] * D + d[None, :], out, mask=cells)
-        tl.store(partial_lse + at, _log_sum(m, total), mask=rows)
-        # All threads' parts are written before any counter says so.
-        tl.debug_barrier()
-        arrived = tl.atomic_add(counters + token * H + head, 1, mask=rows, sem="acq_rel", scope="gpu")
-        last = rows & (arrived == num_parts - 1)
-        if tl.max(last.to(tl.int32), 0) > 0:
-            tl.store(counters + token * H + head, 0, mask=last)
-            _merge(
-                out_ptr, lse_ptr, partial, partial_lse, first_part, num_parts, last, token, head,
-                H, D, D_PAD, HAS_LSE, ROWS,
-            )  # fmt: skip
+
+@triton.jit
+def _tokens_of(first, num_tokens, is_group, tokens, G: tl.constexpr, ROWS: tl.constexpr):
+    """Each row's token, and whether it has one. A chunk's tokens stand in a row, a group's are listed."""
+    i = tl.arange(0, ROWS) // G
+    rows = i < num_tokens
+    token = first + i
+    if is_group:
+        token = tl.load(tokens + token, mask=rows, other=0)
+    return token, rows
+
+
+@triton.jit
+def _parts_of(token, rows, parts):
+    """Each row's first part, and how many it has."""
+    at = parts + 2 * token
+    return tl.load(at, mask=rows, other=0), tl.load(at + 1, mask=rows, other=0)
 
 
 # The step's arrays lie anywhere in one buffer: their alignment must not decide what is compiled.
@@ -220,36 +186,83 @@ def ragged_attention_kernel(
     q_ptr, q_stride, out_ptr, lse_ptr, pool_ptr, page_stride, table_ptr, table_stride, positions_ptr,
     num_items_ptr, items_ptr, tokens_ptr, parts_ptr, partial_ptr, partial_lse_ptr, counters_ptr, scale,
     H: tl.constexpr, KH: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
-    WINDOW: tl.constexpr, HAS_LSE: tl.constexpr, NARROW_ROWS: tl.constexpr, NARROW_KEYS: tl.constexpr,
-    WIDE_ROWS: tl.constexpr, WIDE_KEYS: tl.constexpr, DEPENDENT: tl.constexpr,
+    WINDOW: tl.constexpr, HAS_LSE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    START: tl.constexpr, WARPS: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
-    """Grid: room for items times key-value heads. A kind of item with 0 rows is compiled without."""
+    """Grid: room for items of one kind times key-value heads. START: one of the constants above."""
     program = tl.program_id(0)
-    index = program // KH
+    G: tl.constexpr = H // KH
+    V_OFFSET: tl.constexpr = KH * PAGE * D
+    kv_head = program % KH
+    # What the host planned. Loads depend on each other as little as can be: each is a wait for memory.
+    item = items_ptr + program // KH * 8
     num_items = tl.load(num_items_ptr)
-    if DEPENDENT:
+    first, num_tokens, row = tl.load(item), tl.load(item + 1), tl.load(item + 2)
+    begin, end, part = tl.load(item + 3), tl.load(item + 4), tl.load(item + 5)
+    flags, first_position = tl.load(item + 6), tl.load(item + 7)
+    is_item = program // KH < num_items
+    is_part = is_item & (flags % 2 == 1)
+    is_group = is_item & (flags >= 2)
+    token, rows = _tokens_of(first, tl.where(is_item, num_tokens, 0), is_group, tokens_ptr, G, ROWS)
+    position = first_position + tl.arange(0, ROWS) // G
+    if WINDOW > 0:  # noqa: SIM102 a window may hide some of a prefix from some of its group
+        if is_group:
+            position = tl.load(positions_ptr + token, mask=rows, other=0)
+    table = table_ptr + row.to(tl.int64) * table_stride
+    key = begin + tl.arange(0, KEYS)
+    page = tl.load(table + key // PAGE, mask=is_item & (key < end), other=0)
+    parts_early: tl.constexpr = ROWS <= 16  # larger tiles have no registers to keep them in
+    if parts_early:
+        first_part, num_parts = _parts_of(token, rows & is_part, parts_ptr)
+
+    if PREFETCH and START != AFTER:  # noqa: SIM102 the outer condition is known when compiling
+        if is_item:
+            first_keys = pool_ptr + kv_head * PAGE * D + page.to(tl.int64) * page_stride + (key % PAGE) * D
+            _prefetch(first_keys, D, D_PAD)
+            _prefetch(first_keys + V_OFFSET, D, D_PAD)
+    # Everyone waits, with work or without: whoever starts next relies on it.
+    if START == DEPENDENT:
         gdc_wait()
         gdc_launch_dependents()
-    if index >= num_items:
-        return
-    kv_head = program % KH
-    item = items_ptr + index * 8
-    table = table_ptr + tl.load(item + 2).to(tl.int64) * table_stride
-    is_wide = tl.load(item + 6) % 2 == 1
-    if WIDE_ROWS > 0:  # noqa: SIM102 the outer condition is known when compiling
-        if is_wide or NARROW_ROWS == 0:
-            _attend_item(
-                q_ptr, q_stride, out_ptr, lse_ptr, pool_ptr, page_stride, table, positions_ptr, item,
-                tokens_ptr, parts_ptr, partial_ptr, partial_lse_ptr, counters_ptr, kv_head, scale,
-                H, KH, D, D_PAD, PAGE, WINDOW, HAS_LSE, WIDE_ROWS, WIDE_KEYS, True,
-            )  # fmt: skip
-    if NARROW_ROWS > 0:  # noqa: SIM102
-        if not is_wide or WIDE_ROWS == 0:
-            _attend_item(
-                q_ptr, q_stride, out_ptr, lse_ptr, pool_ptr, page_stride, table, positions_ptr, item,
-                tokens_ptr, parts_ptr, partial_ptr, partial_lse_ptr, counters_ptr, kv_head, scale,
-                H, KH, D, D_PAD, PAGE, WINDOW, HAS_LSE, NARROW_ROWS, NARROW_KEYS, False,
-            )  # fmt: skip
+    if is_item:
+        d = tl.arange(0, D_PAD)
+        head = kv_head * G + tl.arange(0, ROWS) % G
+        cells = rows[:, None] & (d < D)[None, :]
+        q_at = (token.to(tl.int64) * q_stride + head * D)[:, None] + d[None, :]
+        q = tl.load(q_ptr + q_at, mask=cells, other=0.0)
+        m, total, acc = _turns(
+            q, page, begin, end, tl.minimum(first_position + 1, end), position,
+            pool_ptr + kv_head * PAGE * D, page_stride, table, scale,
+            D, D_PAD, V_OFFSET, PAGE, WINDOW, ROWS, KEYS,
+        )  # fmt: skip
+        if not parts_early:
+            first, num_tokens = tl.load(item), tl.load(item + 1)
+            part, flags = tl.load(item + 5), tl.load(item + 6)
+            is_part, is_group = flags % 2 == 1, flags >= 2
+            head = kv_head * G + tl.arange(0, ROWS) % G
+            token, rows = _tokens_of(first, num_tokens, is_group, tokens_ptr, G, ROWS)
+            first_part, num_parts = _parts_of(token, rows & is_part, parts_ptr)
+        if is_part:
+            at = (first_part + part).to(tl.int64) * H + head
+            out = acc / tl.where(total > 0, total, 1.0)[:, None]
+            tl.store(partial_ptr + at[:, None] * D + d[None, :], out, mask=rows[:, None] & (d < D)[None, :])
+            tl.store(partial_lse_ptr + at, _log_sum(m, total), mask=rows)
+            # All threads' parts are written before any counter says so.
+            tl.debug_barrier()
+            counter = counters_ptr + token * H + head
+            arrived = tl.atomic_add(counter, 1, mask=rows, sem="acq_rel", scope="gpu")
+            last = rows & (arrived == num_parts - 1)
+            if tl.max(last.to(tl.int32), 0) > 0:
+                tl.store(counter, 0, mask=last)
+                _merge(
+                    out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, first_part, num_parts, last, token,
+                    head, H, D, D_PAD, HAS_LSE, ROWS, WARPS,
+                )  # fmt: skip
+        else:
+            _store(acc, m, total, out_ptr, lse_ptr, rows, token, head, d, H, D, HAS_LSE)
+    if START == BESIDE:  # noqa: SIM102 the outer condition is known when compiling
+        if program == tl.num_programs(0) - 1:
+            gdc_wait()
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,10 +294,20 @@ def choose_tiles(heads: Heads, dtype: torch.dtype) -> Tiles:
     if dtype.itemsize == 4:  # without matrix instructions, tiles must fit in registers
         keys, rows = (16, 16) if padded > 128 else (32, 32)
         warps = 8 if padded > 64 else 4
-        return Tiles(narrow_keys=keys, wide_rows=rows, wide_keys=keys, num_warps=warps, num_stages=2)
+        return Tiles(
+            narrow=Tile(16, keys, num_warps=warps, num_stages=2),
+            wide=Tile(rows, keys, num_warps=warps, num_stages=2),
+        )
     if padded > 128:
-        return Tiles(narrow_keys=32, wide_keys=32, num_stages=2)
-    return Tiles()
+        return Tiles(narrow=Tile(16, 32, num_stages=2), wide=Tile(64, 32, num_stages=2))
+    tiles = Tiles()
+    if padded > heads.head_dim:  # masks take registers
+        tiles = replace(
+            tiles,
+            narrow=replace(tiles.narrow, max_registers=None),
+            wide=replace(tiles.wide, max_registers=None),
+        )
+    return tiles
 
 
 def _padded(heads: Heads) -> int:
@@ -307,9 +330,8 @@ def ragged_attention(
     page_size: int,
     window: int | None = None,
     lse: torch.Tensor | None = None,
-    max_items: int | None = None,
-    has_narrow: bool = True,
-    has_wide: bool = True,
+    max_narrow: int | None = None,
+    max_wide: int | None = None,
     is_dependent: bool = False,
 ) -> None:
     """Attend the items of a plan; allocates nothing, so a graph can capture it.
@@ -319,48 +341,30 @@ def ragged_attention(
     kv_pages: [num_pages, at least 2 * KH * page_size * D], one layer's pages, contiguous within a page,
         as [2, KH, page_size, D] with keys first.
     page_table: [S, P] int32. positions: [T] int32. work: the arrays of `work.arrays` on the device.
-    max_items: at least the plan's items, their array's length by default: one program for each and
-        key-value head starts, and ends at once where there is no item.
-    has_narrow, has_wide: False leaves out the code of items that the plan has none of.
+    max_narrow, max_wide: at least the plan's items of each kind, their array's length by default: one
+        program for each and key-value head starts, and ends at once where there is no item. 0 leaves the
+        kind's launch out.
     lse: [T, H] float32 contiguous or None, natural logarithm as in the package's contract.
-    is_dependent: start while the kernel before ends (programmatic dependent launch); `work` must have been
-        on the device before that one began.
+    is_dependent: start while the kernel before ends (programmatic dependent launch). `work`, positions and
+        page_table must have been on the device before that kernel began; q and kv_pages are read, and out
+        written, after its end.
     """
-    items = work["attention_items"]
-    count = items.shape[0] if max_items is None else max_items
-    if not count:
-        return
-    ragged_attention_kernel[(count * heads.num_kv_heads,)](
-        q,
-        q.stride(0),
-        out,
-        out if lse is None else lse,
-        kv_pages,
-        kv_pages.stride(0),
-        page_table,
-        page_table.stride(0),
-        positions,
-        work["attention_num_items"],
-        items,
-        work["attention_tokens"],
-        work["attention_parts"],
-        scratch.out,
-        scratch.lse,
-        scratch.counters,
-        scale * LOG2_E,
-        H=heads.num_heads,
-        KH=heads.num_kv_heads,
-        D=heads.head_dim,
-        D_PAD=_padded(heads),
-        PAGE=page_size,
-        WINDOW=window or 0,
-        HAS_LSE=lse is not None,
-        NARROW_ROWS=tiles.narrow_rows if has_narrow else 0,
-        NARROW_KEYS=tiles.narrow_keys,
-        WIDE_ROWS=tiles.wide_rows if has_wide else 0,
-        WIDE_KEYS=tiles.wide_keys,
-        DEPENDENT=is_dependent,
-        launch_pdl=is_dependent,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-    )
+    start = DEPENDENT if is_dependent else AFTER
+    wide = 1, work["attention_wide_items"], max_wide, tiles.wide
+    narrow = 0, work["attention_narrow_items"], max_narrow, tiles.narrow
+    for index, items, room, tile in (wide, narrow):
+        count = items.shape[0] if room is None else room
+        if not count:
+            continue
+        ragged_attention_kernel[(count * heads.num_kv_heads,)](
+            q, q.stride(0), out, out if lse is None else lse, kv_pages, kv_pages.stride(0),
+            page_table, page_table.stride(0), positions, work["attention_num_items"][index:], items,
+            work["attention_tokens"], work["attention_parts"], scratch.out, scratch.lse, scratch.counters,
+            scale * LOG2_E, H=heads.num_heads, KH=heads.num_kv_heads, D=heads.head_dim,
+            D_PAD=_padded(heads), PAGE=page_size, WINDOW=window or 0, HAS_LSE=lse is not None,
+            ROWS=tile.rows, KEYS=tile.keys, START=start.value, WARPS=tile.num_warps,
+            launch_pdl=start.value != AFTER.value, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            PREFETCH=tile.prefetch, maxnreg=None if window else tile.max_registers,
+        )  # fmt: skip
+        if is_dependent:
+            start = BESIDE

@@ -24,34 +24,46 @@ from polybatch.errors import EngineError
 Int32Array = npt.NDArray[np.int32]
 IntArray = npt.NDArray[np.integer]
 
-# An item's record (int32): index of its first token in `attention_tokens`, number of tokens, row of the
-# page table, first key, key after the last, number of its part, IS_WIDE | IS_PART, unused.
+# An item's record (int32): its first token, for a group's the index of it in `attention_tokens`; number of
+# tokens, row of the page table, first key, key after the last, number of its part, IS_PART | IS_GROUP,
+# position of the first token, at least the key after the last for a group's.
 ITEM_FIELDS = 8
-IS_WIDE, IS_PART = 1, 2
-# Writing and reading a part costs about as much as 8 keys do, starting a program more: no cut goes below.
-MIN_PART_KEYS = 64
+IS_PART, IS_GROUP = 1, 2
 # Levels of a tree of shared pages that the search for groups goes down; it bounds the search's time.
 MAX_BRANCHINGS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Tiles:
+class Tile:
     """One configuration of the kernel.
 
-    narrow_rows, wide_rows: query rows of the two kinds of item, a row being (token, query head of one
-        key-value head's group). narrow_keys, wide_keys: keys that one turn of the loop takes.
-    num_warps, num_stages: Triton's, for both kinds.
-    programs_per_sm: programs that an SM holds at once. waves: items to cut for each of those.
+    rows: query rows of an item, a row being (token, query head of one key-value head's group).
+    keys: keys that one turn of the loop takes. num_warps, num_stages: Triton's.
+    programs_per_sm: programs that an SM holds at once. max_registers: per thread, None for the compiler's
+        choice. prefetch: bring an item's first keys and values to the L2 cache while the kernel before ends.
     """
 
-    narrow_rows: int = 16
-    narrow_keys: int = 64
-    wide_rows: int = 64
-    wide_keys: int = 64
+    rows: int
+    keys: int
     num_warps: int = 4
     num_stages: int = 3
     programs_per_sm: int = 2
+    max_registers: int | None = None
+    prefetch: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Configurations of the two kinds of item.
+
+    waves: items to cut for each program that the device holds at once. min_part_keys: no cut goes below,
+        for writing and reading a part costs about as much as 8 keys do, starting a program more.
+    """
+
+    narrow: Tile = Tile(16, 64, programs_per_sm=3, max_registers=128)
+    wide: Tile = Tile(128, 64, num_warps=8, programs_per_sm=1, max_registers=168)
     waves: float = 1.0
+    min_part_keys: int = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +83,14 @@ class Heads:
 class Limits:
     """What a step's arrays have room for.
 
-    max_item_tokens: the step's tokens, and those that share a prefix once more.
+    max_group_tokens: those that share a prefix.
     max_partials: (token, part) pairs, each num_heads * (head_dim + 1) float32 of scratch memory.
     """
 
     max_tokens: int
-    max_items: int
-    max_item_tokens: int
+    max_narrow: int
+    max_wide: int
+    max_group_tokens: int
     max_partials: int
 
 
@@ -96,12 +109,15 @@ class PrefixGroup:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a plan came to. A launch may leave out a kind of item that has none."""
+    """What a plan came to: items of each kind and (token, part) pairs."""
 
-    num_items: int
+    num_narrow: int
+    num_wide: int
     num_partials: int
-    has_narrow: bool
-    has_wide: bool
+
+    @property
+    def has_wide(self) -> bool:
+        return self.num_wide > 0
 
 
 def make_limits(
@@ -118,27 +134,34 @@ def make_limits(
     max_group_tokens: tokens, all groups together, that share a prefix; every one by default, as a decode
         step wants it. The cut makes at most two parts for each program that the device holds at once.
     """
-    wide = _tokens_per_item(heads, tiles, is_wide=True)
-    narrow = _tokens_per_item(heads, tiles, is_wide=False)
+    wide, narrow = _tokens_per_item(heads, tiles.wide), _tokens_per_item(heads, tiles.narrow)
     grouped = max_tokens if max_group_tokens is None else max_group_tokens
-    cuts = int(2 * tiles.waves * _num_slots(heads, tiles, num_sms)) + 1
-    # Each chunk, and each group of two members or more, may leave one tile partly filled.
-    num_tiles = max_seqs + max(0, max_tokens - max_seqs) // wide
-    num_tiles += min(max_seqs, grouped) // 2 + grouped // wide
+    groups = min(max_seqs, grouped) // 2
+    cuts = [int(2 * tiles.waves * _num_slots(heads, t, num_sms)) + 1 for t in (tiles.narrow, tiles.wide)]
+    # Each chunk, and each group of two members or more, may leave one tile partly filled. Wide tiles are of
+    # runs that are longer than a narrow tile.
+    wide_chunks = min(max_seqs, max_tokens // (narrow + 1))
+    num_wide = wide_chunks + (max_tokens - wide_chunks) // wide
+    num_wide += min(groups, grouped // (narrow + 1)) + grouped // wide
     return Limits(
         max_tokens=max_tokens,
-        max_items=num_tiles + cuts,
-        max_item_tokens=max_tokens + grouped,
-        max_partials=2 * grouped + cuts * max(wide, narrow),
+        max_narrow=max_seqs + groups + cuts[0],
+        max_wide=num_wide + cuts[1],
+        max_group_tokens=grouped,
+        max_partials=2 * grouped + cuts[0] * narrow + cuts[1] * wide,
     )
 
 
 def arrays(limits: Limits) -> dict[str, tuple[tuple[int, ...], type[np.int32]]]:
-    """Shape and dtype of each array that `fill` writes and the kernel reads."""
+    """Shape and dtype of each array that `fill` writes and the kernel reads.
+
+    attention_num_items: narrow ones, then wide ones.
+    """
     return {
-        "attention_num_items": ((1,), np.int32),
-        "attention_items": ((limits.max_items, ITEM_FIELDS), np.int32),
-        "attention_tokens": ((limits.max_item_tokens,), np.int32),
+        "attention_num_items": ((2,), np.int32),
+        "attention_narrow_items": ((limits.max_narrow, ITEM_FIELDS), np.int32),
+        "attention_wide_items": ((limits.max_wide, ITEM_FIELDS), np.int32),
+        "attention_tokens": ((limits.max_group_tokens,), np.int32),
         "attention_parts": ((limits.max_tokens, 2), np.int32),
     }
 
@@ -163,7 +186,7 @@ def fill(
     first_tokens, num_new, kv_lens: [S], of each chunk its first token's row, its tokens, and its
         sequence's tokens with keys, the chunk included. page_rows: [S], rows of the page table, 0 to
         S - 1 by default. groups: disjoint. A chunk that fills an item by itself gains nothing from
-        sharing and is left out of its group.
+        sharing and is left out of its group; so are the longest of those beyond max_group_tokens.
     window, context_range ([S, 2]): as in the package's contract. A range excludes groups.
     Raises EngineError where the plan does not fit; the arrays are then not to be used.
     """
@@ -179,14 +202,12 @@ def fill(
         lows = np.asarray(context_range[:, 0], dtype=np.int64)
         highs = np.minimum(kv_ends, context_range[:, 1])
 
-    shared = _share(groups, counts, starts, wide_tokens=_tokens_per_item(heads, tiles, is_wide=True))
+    room = len(views["attention_tokens"])
+    shared = _share(groups, counts, starts, room, wide_tokens=_tokens_per_item(heads, tiles.wide))
     lows = lows.copy()
     lows[shared.members] = np.repeat(shared.prefixes, shared.num_members)
     order = _expand(firsts[shared.members], counts[shared.members])
-    tokens = views["attention_tokens"]
-    _require("max_item_tokens", num_tokens + len(order), len(tokens))
-    tokens[:num_tokens] = np.arange(num_tokens, dtype=np.int32)
-    tokens[num_tokens : num_tokens + len(order)] = order
+    views["attention_tokens"][: len(order)] = order
 
     # Tiles of the chunks, then those of the groups.
     owner, offset, size, is_wide = _tile(np.concatenate((counts, shared.num_tokens)), heads, tiles)
@@ -199,13 +220,16 @@ def fill(
         begin = np.maximum(begin, position - window + 1)
         group_begin = np.maximum(group_begin, shared.first_positions[group] - window + 1)
     end = np.minimum(highs[chunk], position + size[:split])
-    first = np.concatenate((firsts, num_tokens + _starts(shared.num_tokens)))[owner] + offset
+    first = np.concatenate((firsts, _starts(shared.num_tokens)))[owner] + offset
     begin = np.concatenate((begin, group_begin))
     end = np.concatenate((end, shared.prefixes[group]))
     row = np.concatenate((rows, shared.page_rows))[owner]
 
     length = np.maximum(end - begin, 0)
-    step = _cut(length, is_wide, tiles, num_slots=tiles.waves * _num_slots(heads, tiles, num_sms))
+    step = np.empty_like(length)
+    for chosen, tile in ((~is_wide, tiles.narrow), (is_wide, tiles.wide)):
+        slots = tiles.waves * _num_slots(heads, tile, num_sms)
+        step[chosen] = _cut(length[chosen], tile.keys, slots, tiles.min_part_keys)
     num_parts = np.maximum(-(-length // step), 1)
 
     # A token's parts are its group's, then its own.
@@ -223,21 +247,29 @@ def fill(
     views["attention_parts"][:num_tokens, 0] = np.cumsum(written) - written
     views["attention_parts"][:num_tokens, 1] = of_token
 
-    flags = np.where(is_wide, IS_WIDE, 0) | IS_PART
-    flags[:split][total == 1] &= ~IS_PART
-    tile = np.repeat(np.arange(len(num_parts)), num_parts)
-    _require("max_items", len(tile), len(views["attention_items"]))
+    flags = np.full(len(length), IS_PART)
+    flags[:split][total == 1] = 0
+    flags[split:] |= IS_GROUP
+    tile_of = np.repeat(np.arange(len(num_parts)), num_parts)
     rank = _ranks(num_parts)
-    part_begin = begin[tile] + rank * step[tile]
-    part_end = np.minimum(part_begin + step[tile], end[tile])
-    part = rank + np.concatenate((before[chunk], np.zeros_like(group)))[tile]
+    part_begin = begin[tile_of] + rank * step[tile_of]
+    part_end = np.minimum(part_begin + step[tile_of], end[tile_of])
+    part = rank + np.concatenate((before[chunk], np.zeros_like(group)))[tile_of]
+    at = np.concatenate((position, shared.prefixes[group]))
+    fields = (
+        first[tile_of], size[tile_of], row[tile_of], part_begin, part_end, part, flags[tile_of], at[tile_of]
+    )  # fmt: skip
+    records = np.stack(fields, axis=1)
     longest_first = np.argsort(part_begin - part_end, kind="stable")
-    fields = (first[tile], size[tile], row[tile], part_begin, part_end, part, flags[tile])
-    records = views["attention_items"][: len(tile)]
-    for i, field in enumerate(fields):
-        records[:, i] = field[longest_first]
-    views["attention_num_items"][0] = len(tile)
-    return Work(len(tile), num_partials, has_narrow=not is_wide.all(), has_wide=bool(is_wide.any()))
+    wide = is_wide[tile_of][longest_first]
+    num_items = views["attention_num_items"]
+    for i, (kind, chosen) in enumerate((("narrow", ~wide), ("wide", wide))):
+        of_kind = longest_first[chosen]
+        items = views[f"attention_{kind}_items"]
+        _require(f"max_{kind}", len(of_kind), len(items))
+        items[: len(of_kind)] = records[of_kind]
+        num_items[i] = len(of_kind)
+    return Work(int(num_items[0]), int(num_items[1]), num_partials)
 
 
 def find_prefix_groups(
@@ -304,9 +336,18 @@ class _Shared:
     first_positions: IntArray
 
 
-def _share(groups: Sequence[PrefixGroup], counts: IntArray, starts: IntArray, wide_tokens: int) -> _Shared:
-    kept = [(g, g.members[counts[g.members] < wide_tokens]) for g in groups]
-    kept = [(g, members) for g, members in kept if len(members) > 1]
+def _share(
+    groups: Sequence[PrefixGroup], counts: IntArray, starts: IntArray, room: int, wide_tokens: int
+) -> _Shared:
+    kept = []
+    for g in groups:
+        members = g.members[counts[g.members] < wide_tokens]
+        if int(counts[members].sum()) > room:
+            shortest_first = members[np.argsort(counts[members], kind="stable")]
+            members = np.sort(shortest_first[np.cumsum(counts[shortest_first]) <= room])
+        if len(members) > 1:
+            kept.append((g, members))
+            room -= int(counts[members].sum())
     if not kept:
         none = np.zeros(0, dtype=np.int64)
         return _Shared(none, none, none, none, none, none)
@@ -333,36 +374,35 @@ def _tile(
     counts: IntArray, heads: Heads, tiles: Tiles
 ) -> tuple[IntArray, IntArray, IntArray, npt.NDArray[np.bool_]]:
     """Cut runs of tokens into tiles: of each its run, first token in it, tokens, whether it is wide."""
-    narrow = _tokens_per_item(heads, tiles, is_wide=False)
-    most = np.where(counts > narrow, _tokens_per_item(heads, tiles, is_wide=True), narrow)
+    narrow = _tokens_per_item(heads, tiles.narrow)
+    most = np.where(counts > narrow, _tokens_per_item(heads, tiles.wide), narrow)
     num_tiles = -(-counts // most)
     owner = np.repeat(np.arange(len(counts)), num_tiles)
     offset = _ranks(num_tiles) * most[owner]
     return owner, offset, np.minimum(most[owner], counts[owner] - offset), counts[owner] > narrow
 
 
-def _cut(length: IntArray, is_wide: npt.NDArray[np.bool_], tiles: Tiles, num_slots: float) -> IntArray:
+def _cut(length: IntArray, turn: int, num_slots: float, least: int) -> IntArray:
     """Keys of each part of each tile, whole turns of the loop, at least one: equal work for every slot."""
-    target = max(float(length.sum()) / num_slots, MIN_PART_KEYS)
+    target = max(float(length.sum()) / num_slots, least)
     num_parts = np.maximum((length / target + 0.5).astype(np.int64), 1)
-    turn = np.where(is_wide, tiles.wide_keys, tiles.narrow_keys)
     step: IntArray = np.maximum(-(-length // (num_parts * turn)), 1) * turn
     return step
 
 
-def _tokens_per_item(heads: Heads, tiles: Tiles, is_wide: bool) -> int:
-    tokens = (tiles.wide_rows if is_wide else tiles.narrow_rows) // heads.group
+def _tokens_per_item(heads: Heads, tile: Tile) -> int:
+    tokens = tile.rows // heads.group
     if tokens < 1:
         raise EngineError(
-            f"{heads.group} query heads share a key-value head, an item holds {tiles.narrow_rows}: "
+            f"{heads.group} query heads share a key-value head, an item holds {tile.rows}: "
             "raise the rows of the tiles"
         )
     return tokens
 
 
-def _num_slots(heads: Heads, tiles: Tiles, num_sms: int) -> float:
+def _num_slots(heads: Heads, tile: Tile, num_sms: int) -> float:
     """Items that run at once; each takes one program for every key-value head."""
-    return max(1.0, num_sms * tiles.programs_per_sm / heads.num_kv_heads)
+    return max(1.0, num_sms * tile.programs_per_sm / heads.num_kv_heads)
 
 
 def _starts(counts: IntArray) -> IntArray:
