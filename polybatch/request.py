@@ -12,6 +12,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 from polybatch.errors import RequestError
+from polybatch.structured.spec import StructuredSpec
 
 MAX_LOGPROBS = 100
 MAX_N = 128
@@ -49,6 +50,7 @@ class SamplingParams:
     stop_token_ids: token ids; the output ends with it. ignore_eos: only the lengths end it.
     max_tokens: None means up to max_model_len. min_tokens: no stop before so many.
     logprobs: best alternatives returned per output token; prompt_logprobs: per prompt token.
+    structured: what the output must look like; its grammar decides where it may end, whatever ignore_eos says.
 
     Raises RequestError that names the field, its value and its limits.
     """
@@ -72,6 +74,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    structured: StructuredSpec | None = None
 
     def __post_init__(self) -> None:
         _check_int("n", self.n, 1, MAX_N, f"an integer from 1 to {MAX_N}")
@@ -101,6 +104,11 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None:
                 _check_int(name, value, 0, MAX_LOGPROBS, f"an integer from 0 to {MAX_LOGPROBS}, or None")
+        if self.structured is not None:
+            if not isinstance(self.structured, StructuredSpec):
+                raise _bad("structured", self.structured, "a StructuredSpec or None")
+            if self.min_tokens:
+                raise _bad("min_tokens", self.min_tokens, "0 beside structured output, which ends by its form")
 
     def _check_logit_bias(self) -> None:
         if not isinstance(self.logit_bias, dict):

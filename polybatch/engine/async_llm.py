@@ -37,6 +37,9 @@ from polybatch.engine.stats import EngineStats
 from polybatch.errors import AdapterError, ConfigError, EngineError, PolybatchError, RequestError
 from polybatch.mixture import AdapterChoice
 from polybatch.request import AdapterRef, Request, RequestOutput, SamplingParams
+from polybatch.structured.checker import GrammarChecker
+from polybatch.structured.spec import StructuredSpec
+from polybatch.structured.vocabulary import check_constrainable
 
 logger = logging.getLogger("polybatch.engine")
 
@@ -150,6 +153,7 @@ class AsyncLLM:
         self._calls: dict[int, asyncio.Future[ms.Reply]] = {}
         self._ids = itertools.count()
         self._supervisor: asyncio.Task[None] | None = None
+        self._checker: GrammarChecker | None = None
         self._changed = asyncio.Event()
         self._front: FrontModel
         self._ready: ms.Ready
@@ -166,7 +170,10 @@ class AsyncLLM:
         await self._open(is_restart=False)
         seed = self.settings.get("seed") or 0
         assert isinstance(seed, int)
-        self._door = Door(self.spec, self.max_model_len, self._tokenizer, self._table, seed)
+        self._door = Door(
+            self.spec, self.max_model_len, self._tokenizer, self._table, seed, is_compiling=False
+        )
+        self._checker = GrammarChecker(self._door.vocabulary)
         self._supervisor = asyncio.create_task(self._supervise())
 
     async def close(self) -> None:
@@ -177,6 +184,8 @@ class AsyncLLM:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._supervisor
         self.fail_all("the engine is shut down")
+        if self._checker is not None:
+            await self._checker.close()
         if self._connection is not None:
             await self._connection.close()
 
@@ -257,6 +266,15 @@ class AsyncLLM:
             return self._tokenizer.encode(text, add_special_tokens)
         return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens)
 
+    async def check_structured(self, spec: StructuredSpec) -> None:
+        """Compile what an output must follow, in a process that ends if that takes too long.
+
+        Raises RequestError that says what is wrong with it.
+        """
+        check_constrainable(self._tokenizer, self.spec.eos_token_ids)
+        assert self._checker is not None
+        await self._checker.check(spec)
+
     def prepare(
         self,
         prompt: Sequence[int],
@@ -306,6 +324,8 @@ class AsyncLLM:
         Raises RequestError if it is wrong, EngineError if it fails.
         """
         ids = await self.encode(prompt) if isinstance(prompt, str) else prompt
+        if params is not None and params.structured is not None:
+            await self.check_structured(params.structured)
         stream = self.submit(
             self.prepare(
                 ids, params, adapter=adapter, request_id=request_id, priority=priority, cache_salt=cache_salt

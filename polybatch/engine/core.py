@@ -103,13 +103,15 @@ class EngineCore:
             raise RequestError(
                 f"request_id {request.request_id!r} is in use: choose another", field="request_id"
             )
+        structured = request.params.structured
+        grammar = None if structured is None else self.door.grammars.compile(structured)
         if request.adapter is not None and request.adapter.parts and self.store is not None:
             request = replace(request, adapter=self.store.mix(request.adapter))
         seqs = self.scheduler.add(request, self._clock())
         if request.adapter is not None and self.store is not None:
             self.store.hold(request.adapter.digest)
         progress = Progress(request, stream)
-        progress.completions = [Completion(seq, progress, self.tokenizer) for seq in seqs]
+        progress.completions = [Completion(seq, progress, self.tokenizer, grammar) for seq in seqs]
         progress.num_live = len(seqs)
         self._live.update(zip(seqs, progress.completions, strict=True))
         self._requests[request.request_id] = progress

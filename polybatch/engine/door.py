@@ -16,6 +16,9 @@ from polybatch.errors import RequestError
 from polybatch.mixture import AdapterChoice, Mixture, choice_of, mixed_ref
 from polybatch.request import AdapterRef, Request, SamplingParams
 from polybatch.sampling.random import stream
+from polybatch.structured.grammar import GrammarCompiler
+from polybatch.structured.spec import StructuredSpec
+from polybatch.structured.vocabulary import Vocabulary, check_constrainable, vocabulary_of
 
 logger = logging.getLogger("polybatch.engine")
 
@@ -24,7 +27,8 @@ class Door:
     """Makes requests for one model.
 
     max_model_len: prompt + output in tokens. seed: requests without their own get one made from it and
-    from how many came before, so that equal runs are equal.
+    from how many came before, so that equal runs are equal. is_compiling: whether `prepare` compiles what an
+    output must follow, rather than whoever runs the request.
     """
 
     def __init__(
@@ -35,7 +39,10 @@ class Door:
         adapters: AdapterSource | None = None,
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
+        is_compiling: bool = True,
     ) -> None:
+        self.grammars = GrammarCompiler(self.vocabulary)
+        self._is_compiling = is_compiling
         self.spec, self.max_model_len = spec, max_model_len
         self._tokenizer, self._adapters = tokenizer, adapters
         self._seed, self._clock = seed, clock
@@ -79,7 +86,9 @@ class Door:
             )
         max_tokens = resolve_max_tokens(len(ids), params, self.max_model_len)
         stop_ids = frozenset(params.stop_token_ids)
-        if not params.ignore_eos:
+        if params.structured is not None:
+            self._check_structured(params.structured)
+        if not params.ignore_eos or params.structured is not None:
             stop_ids |= frozenset(self.spec.eos_token_ids)
         ref = self._adapter(choice_of(adapter))
         seed = stream(self._seed, self._num_requests) if params.seed is None else params.seed
@@ -99,6 +108,10 @@ class Door:
             tenant=tenant,
         )
 
+    def vocabulary(self) -> Vocabulary:
+        """What grammars are compiled for. Raises RequestError for a model that cannot be constrained."""
+        return vocabulary_of(self._tokenizer, self.spec.vocab_size, self.spec.eos_token_ids)
+
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **template_args: Any) -> str:
         """A conversation as prompt text up to where the answer begins, special tokens included."""
         return self._text().apply_chat_template(messages, **template_args)
@@ -106,6 +119,11 @@ class Door:
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **template_args: Any) -> list[int]:
         """`render_chat`, as token ids. Raises RequestError."""
         return self._text().encode(self.render_chat(messages, **template_args), False)
+
+    def _check_structured(self, spec: StructuredSpec) -> None:
+        check_constrainable(self._tokenizer, self.spec.eos_token_ids)
+        if self._is_compiling:
+            self.grammars.compile(spec)
 
     def _adapter(self, choice: str | Mixture | None) -> AdapterRef | None:
         if choice is None:

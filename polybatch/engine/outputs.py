@@ -22,6 +22,7 @@ from polybatch.request import (
 from polybatch.sampling.logprobs import TokenLogprobs, gather_logprobs
 from polybatch.sampling.state import SamplingState
 from polybatch.scheduling.plan import Chunk
+from polybatch.structured.grammar import Grammar
 
 
 class Completion:
@@ -34,11 +35,17 @@ class Completion:
                  "finish_reason", "is_watched", "logprobs", "progress", "sampling", "seq", "stop_reason",
                  "text")  # fmt: skip
 
-    def __init__(self, seq: Sequence, progress: Progress, tokenizer: TextTokenizer | None) -> None:
+    def __init__(
+        self,
+        seq: Sequence,
+        progress: Progress,
+        tokenizer: TextTokenizer | None,
+        grammar: Grammar | None = None,
+    ) -> None:
         params = seq.request.params
         self.seq = seq
         self.progress = progress
-        self.sampling = SamplingState(seq)
+        self.sampling = SamplingState(seq, None if grammar is None else grammar.matcher())
         self.text = ""
         self.logprobs: list[TokenLogprobs] = []
         self._maps: list[dict[int, Logprob]] = []

@@ -24,6 +24,7 @@ from typing import Protocol
 from polybatch.engine import messages as ms
 from polybatch.engine.core import EngineCore
 from polybatch.engine.deltas import DeltaCutter
+from polybatch.engine.grammars import WaitingForGrammars
 from polybatch.engine.snapshot import take_snapshot
 from polybatch.engine.stub import is_stub, stub_core
 from polybatch.errors import AdapterError, EngineError, PolybatchError, RequestError
@@ -94,6 +95,7 @@ class EngineLoop:
         self._inbox, self._send = inbox, send
         self._cutter = DeltaCutter()
         self._num_failed = 0
+        self._waiting = WaitingForGrammars(engine.core.door.grammars, inbox)
         self.num_beats = 0
         self.num_steps = 0
         self.is_busy = False
@@ -117,8 +119,12 @@ class EngineLoop:
     def _answer(self, message: ms.ToEngine) -> None:
         match message:
             case ms.Submit():
-                self._submit(message.request, message.is_streamed)
+                if not self._waiting.holds(message):
+                    self._submit(message.request, message.is_streamed)
             case ms.Abort():
+                waiting = self._waiting.abort(message.request_id)
+                if waiting is not None:
+                    self._send(ms.Outputs([waiting]))
                 output = self._core.abort(message.request_id)
                 if output is not None:
                     self._emit([output])

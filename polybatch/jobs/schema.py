@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from polybatch.errors import RequestError
+from polybatch.jobs.structured_fields import STRUCTURED_FIELDS, structured_spec
 from polybatch.request import SamplingParams
 
 MAX_TOP_LOGPROBS = 20
@@ -55,7 +56,7 @@ _SAMPLING = frozenset(
      "frequency_penalty", "seed", "stop", "stop_token_ids", "min_tokens", "prompt_logprobs")
 )  # fmt: skip
 _FLAGS = frozenset(("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"))
-_COMMON = _SAMPLING | _FLAGS | {"model", "max_tokens", "logit_bias", "logprobs"}
+_COMMON = _SAMPLING | _FLAGS | STRUCTURED_FIELDS | {"model", "max_tokens", "logit_bias", "logprobs"}
 _USED = {
     Endpoint.CHAT: _COMMON | {"messages", "max_completion_tokens", "top_logprobs"},
     Endpoint.COMPLETIONS: _COMMON | {"prompt"},
@@ -70,7 +71,6 @@ _HARMLESS = frozenset(
 # Fields that may be spelled out as long as they ask for what happens anyway.
 _FIXED: dict[str, tuple[object, ...]] = {
     "stream": (False,),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "tools": ([],),
     "functions": ([],),
@@ -86,8 +86,7 @@ _FIXED: dict[str, tuple[object, ...]] = {
 _REFUSED = frozenset(
     ("audio", "prediction", "reasoning_effort", "verbosity", "web_search_options", "parallel_tool_calls",
      "stream_options", "truncate_prompt_tokens", "allowed_token_ids", "bad_words", "chat_template",
-     "chat_template_kwargs", "priority", "cache_salt", "request_id", "rid", "structured_outputs",
-     "guided_json", "guided_regex", "guided_choice", "guided_grammar", "regex", "ebnf", "json_schema",
+     "chat_template_kwargs", "priority", "cache_salt", "request_id", "rid",
      "lora_path", "lora", "documents", "add_special_tokens", "echo_tokens", "length_penalty",
      "use_beam_search", "early_stopping", "detokenize")
 )  # fmt: skip
@@ -152,6 +151,7 @@ def _sampling_params(endpoint: Endpoint, fields: Mapping[str, Any]) -> SamplingP
     values["logprobs"] = _logprobs(endpoint, fields)
     if "logit_bias" in fields:
         values["logit_bias"] = _logit_bias(fields["logit_bias"])
+    values["structured"] = structured_spec(fields)
     return SamplingParams(**values)
 
 

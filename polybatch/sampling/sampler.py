@@ -1,6 +1,6 @@
 """From logits to tokens, all rows of a step at once, each row as if it were alone.
 
-    raw logits -> edits (bias, min_tokens, penalties) -> temperature -> top-k -> top-p -> min-p -> draw
+    raw logits -> edits (bias, min_tokens, penalties), grammar -> temperature -> top-k, top-p, min-p -> draw
 
 Greedy rows stop after the edits. top-p's mass is that of what top-k left (Holtzman et al. 2020);
 min-p is relative to the best token (Nguyen et al. 2024). A draw uses one uniform number keyed by
@@ -19,6 +19,7 @@ from torch import Tensor
 from polybatch.sampling import rows
 from polybatch.sampling.edits import edit_logits
 from polybatch.sampling.logprobs import TokenLogprobs, gather_logprobs
+from polybatch.sampling.masks import mask_logits
 from polybatch.sampling.random import uniforms
 from polybatch.sampling.state import SamplingState
 
@@ -82,11 +83,13 @@ class Sampler:
         picked = [states[i] for i in changed]
         if any(state.edits for state in picked):
             edit_logits(work, picked)
+        failed = mask_logits(work, picked)
         best, best_ids = rows.argmax(work)
         chosen: list[int] = best_ids.tolist()
+        errors.update((changed[j], message) for j, message in failed.items())
         for i, value in zip(changed, best.tolist(), strict=True):
             if value - value != 0.0:
-                errors[i] = "logit_bias, penalties and min_tokens left no token to choose"
+                errors.setdefault(i, "logit_bias, penalties, min_tokens or grammar left no token to choose")
         drawn = [j for j, (i, s) in enumerate(zip(changed, picked, strict=True))
                  if not s.is_greedy and i not in errors]  # fmt: skip
         if drawn:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from polybatch.request import Sequence
 from polybatch.sampling.random import stream
+from polybatch.structured.grammar import Matcher
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: dividing by them would overflow."""
@@ -45,15 +46,17 @@ class SamplingState:
     """One sequence as the sampler sees it. Create it once per sequence, drop it when that ends.
 
     is_plain: the best raw logit is the token and nothing else is asked, now and later.
+    matcher: where the output must follow a grammar, this sequence's own.
     """
 
     __slots__ = ("_num_counted", "counts", "edits", "has_penalty", "is_greedy", "is_plain", "key",
-                 "params", "seq")  # fmt: skip
+                 "matcher", "params", "seq")  # fmt: skip
 
-    def __init__(self, seq: Sequence) -> None:
+    def __init__(self, seq: Sequence, matcher: Matcher | None = None) -> None:
         params = seq.request.params
         self.seq = seq
         self.params = params
+        self.matcher = matcher
         self.key = stream(seq.request.seed, seq.index)
         self.is_greedy = params.temperature < GREEDY_BELOW
         self.has_penalty = (
@@ -61,7 +64,9 @@ class SamplingState:
             or params.presence_penalty != 0.0
             or params.frequency_penalty != 0.0
         )
-        self.edits = self.has_penalty or bool(params.logit_bias) or params.min_tokens > 0
+        self.edits = (
+            self.has_penalty or bool(params.logit_bias) or params.min_tokens > 0 or matcher is not None
+        )
         self.is_plain = self.is_greedy and not self.edits and params.logprobs is None
         self.counts = TokenCounts()
         # Only the repetition penalty looks at the prompt.

@@ -142,6 +142,8 @@ async def prepare(state: ServerState, call: ServerCall, caller: Caller) -> Gener
     prompts: Sequence[str | tuple[int, ...]] = (
         (await render(state, call.call.messages, call.template),) if call.is_chat else call.call.prompts
     )
+    if call.call.params.structured is not None:
+        await llm.check_structured(call.call.params.structured)
     internal_id = uuid.uuid4().hex
     requests, texts = [], []
     for index, prompt in enumerate(prompts):

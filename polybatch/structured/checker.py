@@ -1,0 +1,116 @@
+"""Checks specs in a killable process before the engine sees them; lives in the front, on its event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sys
+from collections import OrderedDict
+from collections.abc import Callable
+
+import msgspec
+
+from polybatch.errors import EngineError, RequestError
+from polybatch.structured.spec import StructuredSpec
+from polybatch.structured.vocabulary import Vocabulary
+from polybatch.structured.worker import HEADER_BYTES, frame
+
+logger = logging.getLogger("polybatch.structured")
+
+MAX_CHECK_S = 3.0
+MAX_START_S = 30.0
+MAX_WAITING = 64
+MAX_CACHED = 4_096
+
+
+class GrammarChecker:
+    """Tries out specs one after the other, each within max_s; remembers verdicts.
+
+    vocabulary: called in a thread when first needed.
+    """
+
+    def __init__(self, vocabulary: Callable[[], Vocabulary], max_s: float = MAX_CHECK_S) -> None:
+        self._vocabulary, self._max_s = vocabulary, max_s
+        self._verdicts: OrderedDict[StructuredSpec, str | None] = OrderedDict()
+        self._process: asyncio.subprocess.Process | None = None
+        self._lock = asyncio.Lock()
+        self._num_waiting = 0
+
+    async def check(self, spec: StructuredSpec) -> None:
+        """Raises RequestError that says what is wrong with the spec."""
+        if spec not in self._verdicts:
+            if self._num_waiting >= MAX_WAITING:
+                raise RequestError(
+                    f"{self._num_waiting} grammars wait to be compiled: try again later", field=spec.kind
+                )
+            self._num_waiting += 1
+            try:
+                async with self._lock:
+                    if spec not in self._verdicts:
+                        self._verdicts[spec] = await self._ask(spec)
+            finally:
+                self._num_waiting -= 1
+            if len(self._verdicts) > MAX_CACHED:
+                self._verdicts.popitem(last=False)
+        message = self._verdicts[spec]
+        if message is not None:
+            raise RequestError(message, field=spec.kind)
+
+    async def close(self) -> None:
+        """End the process. Idempotent."""
+        process, self._process = self._process, None
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+
+    async def _ask(self, spec: StructuredSpec) -> str | None:
+        try:
+            if self._process is None:
+                await self._start()
+            async with asyncio.timeout(self._max_s):
+                return await self._exchange(spec)
+        except TimeoutError:
+            await self.close()
+            logger.warning("a %s took more than %g s to compile", spec.kind, self._max_s)
+            return f"{spec.kind} takes more than {self._max_s:g} s to compile: simplify it"
+        except (asyncio.IncompleteReadError, ConnectionError):
+            await self.close()
+            logger.warning("a %s ended the process that compiled it", spec.kind)
+            return f"{spec.kind} takes too much memory to compile: simplify it"
+        except asyncio.CancelledError:
+            # An answer on its way would be taken for the next spec's.
+            await self.close()
+            raise
+
+    async def _start(self) -> None:
+        """Raises RequestError for a model that cannot be constrained, EngineError if the process fails."""
+        vocabulary = await asyncio.to_thread(self._vocabulary)
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "polybatch.structured.worker",
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        assert self._process.stdin is not None
+        self._process.stdin.write(frame(vocabulary))
+        # Loading the vocabulary is not on the first spec's account.
+        try:
+            async with asyncio.timeout(MAX_START_S):
+                refusal = await self._exchange(StructuredSpec(choice=("ready",)))
+        except (TimeoutError, asyncio.IncompleteReadError, ConnectionError) as error:
+            await self.close()
+            raise EngineError(f"the process that compiles grammars does not start: {error!r}") from error
+        if refusal is not None:
+            await self.close()
+            raise RequestError(refusal, field="structured")
+
+    async def _exchange(self, spec: StructuredSpec) -> str | None:
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(frame(spec))
+        await process.stdin.drain()
+        header = await process.stdout.readexactly(HEADER_BYTES)
+        data = await process.stdout.readexactly(int.from_bytes(header, "little"))
+        return msgspec.msgpack.decode(data, type=str | None)
