@@ -91,7 +91,7 @@ class Hand:
         return StepPlan(made, loads=loads, resident={key: self._resident[key] for key in refs})
 
     def forward(self, chunks: Sequence[tuple[Seq, int]], rows: LogitRows = LogitRows.LAST) -> torch.Tensor:
-        return self.executor.forward(self.plan(chunks, rows), self._weights).float().cpu()
+        return self.executor.forward(self.plan(chunks, rows), self._weights).to("cpu", copy=True)
 
     def generate(self, seqs: Sequence[Seq], steps: int) -> tuple[list[list[int]], float]:
         """Greedy tokens, planned a step ahead as the engine does, and the seconds per step."""
