@@ -157,6 +157,8 @@ class Request:
     seed: resolved. stop_token_ids: all ids that end it, end-of-sequence ids included unless ignored.
     priority: lower first. arrival_s: on the engine's clock. cache_salt: prefixes are shared only
     between equal salts. tenant: on whose account it runs; of a set that is bounded.
+    num_shared_tokens: so many tokens at the prompt's beginning are known to all, and their KV is shared
+    whatever the salt; what follows is not.
     """
 
     request_id: str
@@ -171,6 +173,7 @@ class Request:
     arrival_s: float = 0.0
     cache_salt: str = ""
     tenant: str = ""
+    num_shared_tokens: int = 0
 
 
 class FinishReason(enum.StrEnum):

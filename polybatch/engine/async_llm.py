@@ -285,11 +285,13 @@ class AsyncLLM:
         priority: int = 0,
         cache_salt: str = "",
         tenant: str = "",
+        num_shared_tokens: int = 0,
     ) -> Request:
         """Check a request for `submit`. prompt: token ids. Raises RequestError."""
         return self._door.prepare(
             f"async-{next(self._ids)}" if request_id is None else request_id,
             prompt, params, adapter, priority=priority, cache_salt=cache_salt, tenant=tenant,
+            num_shared_tokens=num_shared_tokens,
         )  # fmt: skip
 
     def submit(self, request: Request, *, is_streamed: bool = True) -> RequestStream:

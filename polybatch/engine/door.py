@@ -66,6 +66,7 @@ class Door:
         priority: int = 0,
         cache_salt: str = "",
         tenant: str = "",
+        num_shared_tokens: int = 0,
         add_special_tokens: bool = True,
     ) -> Request:
         """Resolve and check a request.
@@ -106,6 +107,7 @@ class Door:
             arrival_s=self._clock(),
             cache_salt=cache_salt,
             tenant=tenant,
+            num_shared_tokens=num_shared_tokens,
         )
 
     def vocabulary(self) -> Vocabulary:

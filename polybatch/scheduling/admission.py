@@ -158,7 +158,7 @@ class Admission:
         tree = self._arena.tree
         if keep and track.namespace is not None:
             tree.insert(
-                track.namespace, seq.tokens, seq.num_computed, seq.pages, track.node,
+                track.namespace, track.cache_keys, seq.num_computed, seq.pages, track.node,
                 with_partial=True, is_leaving=True,
             )  # fmt: skip
         tree.release(seq.pages)

@@ -32,7 +32,7 @@ class PrefixesInFlight:
         # What it computes beside equal pages of another sequence will not enter the tree: first test.
         if seq.num_computed // self._page_size != depth or end > seq.num_tokens or track.namespace is None:
             return
-        key: PageKey = (node or track.namespace, tuple(seq.tokens[end - self._page_size : end]))
+        key: PageKey = (node or track.namespace, tuple(track.cache_keys[end - self._page_size : end]))
         if self._owner.setdefault(key, track) is track:
             self._key_of[track] = key
 
@@ -45,14 +45,15 @@ class PrefixesInFlight:
         """Hold a waiting track if a running one computes the page that follows its match."""
         start = len(match.pages) * self._page_size
         end = start + self._page_size
-        tokens = track.seq.tokens
+        tokens = track.cache_keys
         if track.namespace is None or end >= len(tokens):
             return False
         owner = self._owner.get((match.node or track.namespace, tuple(tokens[start:end])))
         if owner is None:
             return False
+        owner_tokens = owner.cache_keys
         while end + self._page_size < len(tokens):
-            if tokens[end : end + self._page_size] != owner.seq.tokens[end : end + self._page_size]:
+            if tokens[end : end + self._page_size] != owner_tokens[end : end + self._page_size]:
                 break
             end += self._page_size
         track.held_by = owner

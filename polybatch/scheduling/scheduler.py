@@ -34,7 +34,7 @@ from polybatch.scheduling.fairness import queue_for
 from polybatch.scheduling.inflight import PrefixesInFlight
 from polybatch.scheduling.plan import Chunk, LogitRows, StepPlan, StepResult
 from polybatch.scheduling.policies import policy_named
-from polybatch.scheduling.track import SchedulerStats, Track
+from polybatch.scheduling.track import SchedulerStats, Track, salt_number
 
 MIN_PREFILL_TOKENS = 32
 """Prefill tokens a step keeps room for however many sequences decode, so that prompts never starve."""
@@ -99,11 +99,14 @@ class Scheduler:
         max_pages = self._admission.max_pages(request)
         namespace = self._namespace_of(request)
         tracks = []
+        num_shared = self._num_shared(request)
+        salt = salt_number(request.cache_salt) if num_shared else 0
         for index in range(request.params.n):
             seq = Sequence(request, index)
             track = Track(seq, self._policy(request, self._order), namespace, max_pages)
             self._order += 1
             self._track_of[seq] = track
+            track.num_shared, track.salt = num_shared, salt
             tracks.append(track)
         self._live[request_id] = tracks
         self._waiting.push(tracks[0])
@@ -274,9 +277,17 @@ class Scheduler:
             digest = "" if request.adapter is None else request.adapter.digest
             return f"{self._namespace}/{digest}/{request.cache_salt}"
         # Siblings share through the same tree, in a namespace that ends with them.
+    def _num_shared(self, request: Request) -> int:
+        """Tokens in whole pages that are shared whatever the salt."""
+        if not self._config.enable_prefix_caching:
+            return 0
+        return request.num_shared_tokens // self._arena.page_size * self._arena.page_size
+
         return f"fork/{request.request_id}" if request.params.n > 1 else None
 
     def _plan_decodes(self, draft: PlanDraft) -> list[Track]:
+            if self._num_shared(request):
+                return f"shared:{self._namespace}/{digest}"
         """Plan one token for each sequence that decodes; returns those that prefill, in order."""
         prefills = []
         resident = draft.resident
@@ -358,7 +369,7 @@ class Scheduler:
         """What is cached for a waiting track; None if a running sequence is computing more of it."""
         if track.namespace is None or track.is_scoring:
             return MatchResult()
-        match = self._arena.tree.match(track.namespace, track.seq.tokens)
+        match = self._arena.tree.match(track.namespace, track.cache_keys)
         return None if self._inflight.hold(track, match) else match
 
     def _start(self, track: Track) -> None:
@@ -426,7 +437,8 @@ class Scheduler:
         is_forking = request_id in self._parked and seq.num_computed >= seq.num_prompt
         if track.namespace is not None:
             track.node = self._arena.tree.insert(
-                track.namespace, seq.tokens, seq.num_computed, seq.pages, track.node, with_partial=is_forking
+                track.namespace, track.cache_keys, seq.num_computed, seq.pages, track.node,
+                with_partial=is_forking,
             )
             if seq.num_uncomputed > 1:
                 self._inflight.update(track)

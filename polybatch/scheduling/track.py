@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 from polybatch.memory.adapter_cache import ResidentAdapter
@@ -17,6 +18,7 @@ class Track:
     is_scored: it needs logits for its prompt; `num_scored` prompt tokens have had theirs.
     capacity: tokens that its pages can hold. node: its deepest own page in the prefix tree.
     adapter: held while it runs. held_by, held_until: it waits for that running sequence to compute so
+    num_shared, salt: so many tokens, whole pages, are cached for everybody, the rest by a number of its own.
     many tokens of their common prefix, so that they are not computed twice.
     """
 
@@ -35,6 +37,8 @@ class Track:
         "num_scored",
         "seq",
         "stop_ids",
+        "num_shared",
+        "salt",
     )
 
     def __init__(self, seq: Sequence, key: Key, namespace: str | None, max_pages: int) -> None:
@@ -52,17 +56,35 @@ class Track:
         self.node: Node | None = None
         self.adapter: ResidentAdapter | None = None
         self.held_by: Track | None = None
+        self.num_shared = 0
+        self.salt = 0
         self.held_until = 0
 
     @property
     def is_scoring(self) -> bool:
         """Whether prompt logits are still missing; then nothing may be read from the prefix tree."""
+    @property
+    def cache_keys(self) -> list[int]:
+        """By what the prefix tree knows its tokens: the tokens, but for the first one that is not shared.
+
+        That one is told apart by the salt, and so is everything below it. Changed by nobody.
+        """
+        tokens, at = self.seq.tokens, self.num_shared
+        if at == 0 or at >= len(tokens):
+            return tokens
+        return [*tokens[:at], self.salt | tokens[at], *tokens[at + 1 :]]
+
         return self.is_scored and self.num_scored < self.seq.num_prompt
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerStats:
     """A snapshot: sequences, pages by what they hold, and running totals since the start."""
+def salt_number(salt: str) -> int:
+    """A salt as a number that a token id can be or-ed into: SHA-256, above the bits of token ids."""
+    return int.from_bytes(hashlib.sha256(salt.encode()).digest()) << 32
+
+
 
     num_running: int
     num_waiting: int

@@ -13,6 +13,7 @@ from collections import Counter
 from polybatch.config import PoolSpec, SchedulerConfig
 from polybatch.request import AdapterRef, Request, SamplingParams, Sequence, SequenceStatus
 from polybatch.scheduling.plan import Chunk, LogitRows, StepPlan, StepResult
+from polybatch.scheduling.policies import BATCH_PRIORITY
 from polybatch.scheduling.scheduler import MIN_PREFILL_TOKENS, Scheduler
 
 VOCAB = 5
@@ -38,6 +39,7 @@ def request_of(
     priority: int = 0,
     salt: str = "",
     tenant: str = "",
+    shared: int = 0,
     stop: frozenset[int] = frozenset(),
     n: int = 1,
     prompt_logprobs: int | None = None,
@@ -58,6 +60,7 @@ def request_of(
         priority=priority,
         cache_salt=salt,
         tenant=tenant,
+        num_shared_tokens=shared,
     )
 
 
@@ -95,7 +98,9 @@ class FakeDevice:
         digest = "" if seq.adapter is None else seq.adapter.digest
         for position in range(len(cells), seq.num_tokens):
             before = hash(cells[-1]) if cells else 0
-            cells.append((digest, seq.request.cache_salt, seq.tokens[position], position, before))
+            shared = seq.request.num_shared_tokens // self.page_size * self.page_size
+            salt = "shared" if position < shared else seq.request.cache_salt
+            cells.append((digest, salt, seq.tokens[position], position, before))
         return cells
 
     def _read(self, chunk: Chunk, plan: StepPlan) -> None:
@@ -173,7 +178,8 @@ class Driver:
             return None
         planned = {chunk.seq: chunk for chunk in plan.chunks}
         assert len(planned) == len(plan.chunks)
-        assert first is None or first in planned, "the first in order did not progress"
+        may_yield = first is None or first.request.priority >= BATCH_PRIORITY
+        assert may_yield or first in planned, "the first in order did not progress"
         for seq in decoding:
             assert seq in planned or seq in plan.preempted, "a decode was skipped"
         num_decodes = sum(is_decoding(chunk.seq) for chunk in plan.chunks)
@@ -237,6 +243,7 @@ def random_request(rng: random.Random, request_id: str, adapters: list[AdapterRe
         priority=rng.randrange(3),
         salt=rng.choice(["", "", "tenant"]),
         tenant=rng.choice("abc"),
+        shared=rng.choice([0, 0, len(prefix)]),
         stop=frozenset({EOS}) if rng.random() < 0.5 else frozenset(),
         n=rng.choice([1, 1, 1, 2, 4]),
         prompt_logprobs=0 if rng.random() < 0.15 else None,

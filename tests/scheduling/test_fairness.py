@@ -185,4 +185,6 @@ def test_rows_of_batches_wait_for_everybody_else_and_cost_their_tenant_nothing_t
         ledger.add(request_of(f"a{number}", 4, 4, tenant="a"))
     ledger.run()
     order = [seq.request.request_id for seq in ledger.finished]
-    assert order == ["row0", "b0", "a0", "b1", "a1", "b2", "a2", "row1", "row2"]
+    assert sorted(order[:6]) == ["a0", "a1", "a2", "b0", "b1", "b2"]
+    assert [name[0] for name in order[:6]] in (list("ababab"), list("bababa"))
+    assert order[6:] == ["row0", "row1", "row2"]
