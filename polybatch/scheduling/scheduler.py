@@ -97,16 +97,16 @@ class Scheduler:
         if request_id in self._live:
             raise RequestError(f"request_id {request_id!r} is in use; ids must be unique", field="request_id")
         max_pages = self._admission.max_pages(request)
-        namespace = self._namespace_of(request)
-        tracks = []
         num_shared = self._num_shared(request)
         salt = salt_number(request.cache_salt) if num_shared else 0
+        namespace = self._namespace_of(request)
+        tracks = []
         for index in range(request.params.n):
             seq = Sequence(request, index)
             track = Track(seq, self._policy(request, self._order), namespace, max_pages)
+            track.num_shared, track.salt = num_shared, salt
             self._order += 1
             self._track_of[seq] = track
-            track.num_shared, track.salt = num_shared, salt
             tracks.append(track)
         self._live[request_id] = tracks
         self._waiting.push(tracks[0])
@@ -272,22 +272,22 @@ class Scheduler:
             assert track.capacity == len(seq.pages) * self._arena.page_size
             assert (track.adapter is not None) == (is_running and seq.adapter is not None)
 
-    def _namespace_of(self, request: Request) -> str | None:
-        if self._config.enable_prefix_caching:
-            digest = "" if request.adapter is None else request.adapter.digest
-            return f"{self._namespace}/{digest}/{request.cache_salt}"
-        # Siblings share through the same tree, in a namespace that ends with them.
     def _num_shared(self, request: Request) -> int:
         """Tokens in whole pages that are shared whatever the salt."""
         if not self._config.enable_prefix_caching:
             return 0
         return request.num_shared_tokens // self._arena.page_size * self._arena.page_size
 
+    def _namespace_of(self, request: Request) -> str | None:
+        if self._config.enable_prefix_caching:
+            digest = "" if request.adapter is None else request.adapter.digest
+            if self._num_shared(request):
+                return f"shared:{self._namespace}/{digest}"
+            return f"{self._namespace}/{digest}/{request.cache_salt}"
+        # Siblings share through the same tree, in a namespace that ends with them.
         return f"fork/{request.request_id}" if request.params.n > 1 else None
 
     def _plan_decodes(self, draft: PlanDraft) -> list[Track]:
-            if self._num_shared(request):
-                return f"shared:{self._namespace}/{digest}"
         """Plan one token for each sequence that decodes; returns those that prefill, in order."""
         prefills = []
         resident = draft.resident

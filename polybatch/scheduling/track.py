@@ -17,8 +17,8 @@ class Track:
     key: its place in the policy's order, unique. namespace: where its KV is cached, None for nowhere.
     is_scored: it needs logits for its prompt; `num_scored` prompt tokens have had theirs.
     capacity: tokens that its pages can hold. node: its deepest own page in the prefix tree.
-    adapter: held while it runs. held_by, held_until: it waits for that running sequence to compute so
     num_shared, salt: so many tokens, whole pages, are cached for everybody, the rest by a number of its own.
+    adapter: held while it runs. held_by, held_until: it waits for that running sequence to compute so
     many tokens of their common prefix, so that they are not computed twice.
     """
 
@@ -35,10 +35,10 @@ class Track:
         "namespace",
         "node",
         "num_scored",
-        "seq",
-        "stop_ids",
         "num_shared",
         "salt",
+        "seq",
+        "stop_ids",
     )
 
     def __init__(self, seq: Sequence, key: Key, namespace: str | None, max_pages: int) -> None:
@@ -53,16 +53,13 @@ class Track:
         self.is_scored = request.params.prompt_logprobs is not None and seq.index == 0
         self.num_scored = 0
         self.capacity = 0
+        self.num_shared = 0
+        self.salt = 0
         self.node: Node | None = None
         self.adapter: ResidentAdapter | None = None
         self.held_by: Track | None = None
-        self.num_shared = 0
-        self.salt = 0
         self.held_until = 0
 
-    @property
-    def is_scoring(self) -> bool:
-        """Whether prompt logits are still missing; then nothing may be read from the prefix tree."""
     @property
     def cache_keys(self) -> list[int]:
         """By what the prefix tree knows its tokens: the tokens, but for the first one that is not shared.
@@ -74,17 +71,20 @@ class Track:
             return tokens
         return [*tokens[:at], self.salt | tokens[at], *tokens[at + 1 :]]
 
+    @property
+    def is_scoring(self) -> bool:
+        """Whether prompt logits are still missing; then nothing may be read from the prefix tree."""
         return self.is_scored and self.num_scored < self.seq.num_prompt
 
 
-@dataclass(frozen=True, slots=True)
-class SchedulerStats:
-    """A snapshot: sequences, pages by what they hold, and running totals since the start."""
 def salt_number(salt: str) -> int:
     """A salt as a number that a token id can be or-ed into: SHA-256, above the bits of token ids."""
     return int.from_bytes(hashlib.sha256(salt.encode()).digest()) << 32
 
 
+@dataclass(frozen=True, slots=True)
+class SchedulerStats:
+    """A snapshot: sequences, pages by what they hold, and running totals since the start."""
 
     num_running: int
     num_waiting: int
