@@ -219,6 +219,9 @@ class EngineCore:
             committing = clock()
             flight.positions = [len(completion.seq.tokens) for completion in flight.picked]
             flight.ended = self._commit(flight, [PENDING] * len(flight.picked))
+            for seq in flight.ended:
+                # Who is admitted next may need what they hold of the executor.
+                self.executor.release(seq)
             times.commit_s += clock() - committing
             self._flight = flight
 

@@ -130,8 +130,10 @@ class FakeExecutor:
 class FakeAheadExecutor(FakeExecutor):
     """A stub device that samples by itself and keeps its tokens for the step after; an `AheadExecutor`."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(self, *args: Any, max_num_seqs: int = 64, **options: Any) -> None:
         super().__init__(*args, **options)
+        self._max_rows = max_num_seqs
+        self._rows = list(range(max_num_seqs))
         self._sampler = Sampler(self.spec.vocab_size)
         self._newest: dict[RunningSequence, int] = {}
         self.num_launches = 0
@@ -148,9 +150,19 @@ class FakeAheadExecutor(FakeExecutor):
     ) -> FakeLaunch:
         """See `AheadExecutor.launch`."""
         self.num_launches += 1
+        for chunk in plan.chunks:
+            if chunk.seq.row is None:
+                if not self._rows:
+                    raise EngineError(f"more than {self._max_rows} sequences run at once")
+                chunk.seq.row = self._rows.pop()
         sampled = self._sampler.sample(self.forward(plan, adapters)[list(rows)], states)
         self._newest = {state.seq: token for state, token in zip(states, sampled.tokens, strict=True)}
         return FakeLaunch(sampled)
+
+    def release(self, seq: RunningSequence) -> None:
+        if seq.row is not None:
+            self._rows.append(seq.row)
+            seq.row = None
 
     def _token(self, seq: RunningSequence, position: int) -> int:
         token = seq.tokens[position]

@@ -272,6 +272,15 @@ def test_a_device_that_samples_gets_the_next_step_before_its_tokens_are_read() -
     assert longest <= executor.num_launches <= longest + 1
 
 
+def test_a_sequence_that_ends_by_its_length_makes_room_for_the_next_at_once() -> None:
+    executor = FakeAheadExecutor(pool=PoolSpec(256, 4, 32, 1), max_num_seqs=4)
+    core = make_core(executor=executor, max_num_seqs=4)
+    for key in range(40):
+        params = SamplingParams(max_tokens=key % 5 + 1, temperature=0, ignore_eos=True)
+        core.add_request(str(key), [key], params)
+    assert all(output.error is None for output in run(core).values())
+
+
 def test_bad_logits_end_their_own_request_only(stub: type[FakeExecutor]) -> None:
     executor = breakable(stub)
     core = make_core(executor=executor)
