@@ -27,20 +27,19 @@ class StepRecord(msgspec.Struct, array_like=True, frozen=True):
     index: from 0 since the engine's start. started_s: on the engine's clock.
     duration_s: of the call to `EngineCore.step` that ran it; where the device works ahead, the time between
         two launches. predicted_s: what was expected before, None where nothing is predicted.
-    num_decode_tokens: newest tokens of sequences that decode. num_prefill_tokens: of prompts, and of
-        what is computed again after a preemption. num_seqs: chunks. adapters: tokens by adapter, "" for none.
+    num_seqs: chunks. decode: newest tokens of sequences that decode, by adapter, "" for none.
+    prefill: tokens of prompts, and of what is computed again after a preemption, by adapter.
     """
 
     index: int
     started_s: float
     duration_s: float
     predicted_s: float | None
-    num_decode_tokens: int
-    num_prefill_tokens: int
     num_seqs: int
     num_loads: int
     num_preempted: int
-    adapters: dict[str, int]
+    decode: dict[str, int]
+    prefill: dict[str, int]
 
 
 class RequestTrace(msgspec.Struct, array_like=True, frozen=True):
@@ -104,24 +103,23 @@ class StepLog:
 
     def planned(self, plan: StepPlan, now: float) -> None:
         """Count what a step holds, before it runs: some of its requests may end with it."""
-        num_decode = num_prefill = 0
-        adapters: dict[str, int] = {}
+        decode: dict[str, int] = {}
+        prefill: dict[str, int] = {}
         for chunk in plan.chunks:
             seq, n_new = chunk.seq, chunk.n_new
             adapter = seq.adapter
             name = "" if adapter is None else adapter.name
-            adapters[name] = adapters.get(name, 0) + n_new
             if n_new == 1 and chunk.start >= seq.num_prompt:
-                num_decode += 1
+                decode[name] = decode.get(name, 0) + 1
                 continue
-            num_prefill += n_new
+            prefill[name] = prefill.get(name, 0) + n_new
             self._notes[seq.request.request_id].num_chunks += 1
         for load in plan.loads:
             for notes in self._wanted.pop(load.adapter.digest, {}).values():
                 notes.adapter_load_s = now
         self._draft = StepRecord(
-            self._num_steps, now, 0.0, None, num_decode, num_prefill,
-            len(plan.chunks), len(plan.loads), len(plan.preempted), adapters,
+            self._num_steps, now, 0.0, None,
+            len(plan.chunks), len(plan.loads), len(plan.preempted), decode, prefill,
         )  # fmt: skip
 
     def stepped(self, duration_s: float, predicted_s: float | None = None) -> None:

@@ -19,7 +19,6 @@ from polybatch.server.metrics import kv_usage
 from polybatch.server.state import ServerState
 
 MAX_ADAPTERS = 256
-QUANTILES = (0.5, 0.95, 0.99)
 
 
 def dashboard_data(
@@ -76,8 +75,6 @@ def _histogram(histogram: Histogram) -> dict[str, Any]:
     return {
         "bounds": histogram.bounds,
         "counts": histogram.counts,
-        "count": histogram.count,
-        "quantiles": {f"p{round(q * 100)}": histogram.quantile(q) for q in QUANTILES},
     }
 
 
@@ -87,12 +84,11 @@ def _step(record: StepRecord) -> dict[str, Any]:
         "index": record.index,
         "at": record.started_s,
         "duration_s": record.duration_s,
-        "decode": record.num_decode_tokens,
-        "prefill": record.num_prefill_tokens,
         "num_seqs": record.num_seqs,
         "num_loads": record.num_loads,
         "num_preempted": record.num_preempted,
-        "adapters": record.adapters,
+        "decode": record.decode,
+        "prefill": record.prefill,
     }
     return step if record.predicted_s is None else step | {"predicted_s": record.predicted_s}
 

@@ -30,23 +30,6 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += times
         self.sum += value * times
 
-    @property
-    def count(self) -> int:
-        return sum(self.counts)
-
-    def quantile(self, q: float) -> float | None:
-        """The value below which a share of q lies, straight between bounds; None before the first value.
-
-        What lies above all bounds is taken for the greatest of them.
-        """
-        rank, below, low = q * self.count, 0, 0.0
-        for bound, count in zip(self.bounds, self.counts, strict=False):
-            if count and below + count >= rank:
-                return low + (bound - low) * max(0.0, rank - below) / count
-            below += count
-            low = bound
-        return self.bounds[-1] if self.count else None
-
     def cumulative(self) -> list[tuple[str, float]]:
         """(upper bound, how many are not above it), as Prometheus wants them."""
         total, buckets = 0, []
