@@ -96,6 +96,17 @@ class Admission:
                 return False
         return True
 
+    def num_wanted(self, track: Track) -> int:
+        """Pages that a waiting sequence is to be given at most."""
+        ref = track.seq.adapter
+        is_there = ref is None or self._arena.adapters.is_resident(ref.digest)
+        num_adapter = 0 if ref is None or is_there else ref.num_pages
+        return self._arena.pages_for(track.seq.num_tokens) + num_adapter
+
+    def has_room(self, num_pages: int) -> bool:
+        """Whether so many pages can be had besides the watermark."""
+        return num_pages + self._watermark <= self._arena.num_available
+
     def claim(self, track: Track, match: MatchResult, draft: PlanDraft, *, is_alone: bool) -> bool:
         """Give a sequence its pages and its adapter, sharing and copying what `match` found.
 

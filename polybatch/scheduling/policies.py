@@ -30,7 +30,7 @@ class Policy(Protocol):
 
 def fcfs(request: Request, order: int) -> Key:
     """First come, first served."""
-    return (0, order)
+    return (request.priority if request.priority >= BATCH_PRIORITY else 0, order)
 
 
 def priority(request: Request, order: int) -> Key:

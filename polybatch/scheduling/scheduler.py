@@ -3,10 +3,12 @@
 Stall-free batching: every step carries the next token of every sequence that decodes; then, up to the
 token budget, prefill chunks of running sequences; then admissions in the policy's order. Sequences
 that run out of pages preempt the last in that order, which is recomputed later (mostly from the
-prefix tree, where its pages stay until they are needed).
+prefix tree, where its pages stay until they are needed). Rows of batches come last under every policy,
+and are preempted as well where a live request waits for a slot or for pages.
 
 Why every accepted request finishes: the first in order is never preempted by another, always gets its
-decode or the first share of the prefill budget, and fits the pool alone (checked at the door).
+decode or the first share of the prefill budget, and fits the pool alone (checked at the door). For rows of
+batches this holds while no live request waits.
 
 No torch, no threads, no clock: time is an argument. `plan` and `commit` alternate. `abort` and `finish`
 may come at any moment except while an executor still reads the pages of a plan's sequences; what they
@@ -32,6 +34,7 @@ from polybatch.request import AdapterRef, FinishReason, Request, Sequence, Seque
 from polybatch.scheduling.admission import Admission, PlanDraft
 from polybatch.scheduling.fairness import queue_for
 from polybatch.scheduling.inflight import PrefixesInFlight
+from polybatch.scheduling.making_way import make_way
 from polybatch.scheduling.plan import Chunk, LogitRows, StepPlan, StepResult
 from polybatch.scheduling.policies import policy_named
 from polybatch.scheduling.track import SchedulerStats, Track, salt_number
@@ -137,15 +140,18 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan | None:
         """Compose the next step; None when nothing waits or runs. Pages in the plan are already taken."""
         draft = PlanDraft()
+        is_live_waiting = make_way(
+            self._waiting, self._running, self._config, self._admission, lambda t: self._preempt(t, draft)
+        )
+        num_made_way = len(draft.preempted)
         prefills = self._plan_decodes(draft)
+        late = [track for track in prefills if track.is_batch] if is_live_waiting else []
         budget = self._prefill_budget(len(draft.chunks))
-        for track in prefills:
-            if budget == 0:
-                break
-            budget -= self._plan_prefill(track, budget, draft)
+        budget = self._plan_prefills(prefills[: len(prefills) - len(late)], budget, draft)
         # What a preemption freed belongs to those that run; admitting now would only preempt again.
-        if not draft.preempted:
-            self._plan_admissions(budget, draft)
+        if len(draft.preempted) == num_made_way:
+            budget = self._plan_admissions(budget, draft, is_live_only=is_live_waiting)
+        self._plan_prefills(late, budget, draft)
         if not draft.chunks:
             return None
         self._plan_prefetches(draft)
@@ -314,6 +320,14 @@ class Scheduler:
         limit = self._config.max_num_batched_tokens
         return max(limit - num_decodes, min(MIN_PREFILL_TOKENS, limit))
 
+    def _plan_prefills(self, tracks: list[Track], budget: int, draft: PlanDraft) -> int:
+        """Plan chunks of prefills, in order; returns what is left of the budget."""
+        for track in tracks:
+            if budget == 0:
+                break
+            budget -= self._plan_prefill(track, budget, draft)
+        return budget
+
     def _plan_prefill(self, track: Track, budget: int, draft: PlanDraft) -> int:
         """Plan the next chunk of a prefill; returns its tokens."""
         seq = track.seq
@@ -338,16 +352,17 @@ class Scheduler:
             draft.resident[track.adapter.ref.digest] = track.adapter.pages
         return n_new
 
-    def _plan_admissions(self, budget: int, draft: PlanDraft) -> None:
+    def _plan_admissions(self, budget: int, draft: PlanDraft, *, is_live_only: bool) -> int:
+        """Admit who waits, as far as slots, pages and the budget go; returns what is left of it."""
         room = self._config.max_num_seqs - len(self._running)
         if budget == 0 or room == 0 or not len(self._waiting):
-            return
+            return budget
         num_held = 0
         for track in self._waiting.head(room + MAX_HELD):
-            if budget == 0 or room == 0 or num_held > MAX_HELD:
-                return
+            if budget == 0 or room == 0 or num_held > MAX_HELD or (is_live_only and track.is_batch):
+                break
             if self._blocked == (track, *self._room_state()):
-                return
+                break
             match = None if self._inflight.is_held(track) else self._lookup(track)
             if match is None:
                 num_held += 1
@@ -356,10 +371,11 @@ class Scheduler:
                 if not self._running:
                     raise EngineError(f"{track.seq!r} was accepted and does not fit an empty pool")
                 self._blocked = (track, *self._room_state())
-                return
+                break
             self._start(track)
             room -= 1
             budget -= self._plan_prefill(track, budget, draft)
+        return budget
 
     def _room_state(self) -> tuple[int, int]:
         """While this stands still, a sequence that did not fit does not fit."""
@@ -398,13 +414,12 @@ class Scheduler:
             if len(self._running) == 1:
                 raise EngineError(f"{track.seq!r} was accepted and does not fit the pool alone")
             victim = self._running[-1]
-            self._preempt(victim)
-            draft.preempted.append(victim.seq)
+            self._preempt(victim, draft)
             if victim is track:
                 return False
         return True
 
-    def _preempt(self, track: Track) -> None:
+    def _preempt(self, track: Track, draft: PlanDraft) -> None:
         """Take a running sequence's pages and put it back among the waiting, ahead of later ones."""
         self._vacate(track, keep=True)
         seq = track.seq
@@ -413,6 +428,7 @@ class Scheduler:
         seq.status = SequenceStatus.WAITING
         self._num_preemptions += 1
         self._waiting.push(track)
+        draft.preempted.append(seq)
 
     def _append(self, track: Track, new: tuple[int, ...]) -> FinishReason | None:
         """Append sampled tokens up to the first that ends the sequence."""

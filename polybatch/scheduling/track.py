@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from polybatch.memory.adapter_cache import ResidentAdapter
 from polybatch.memory.prefix_tree import Node
 from polybatch.request import Sequence
-from polybatch.scheduling.policies import Key
+from polybatch.scheduling.policies import BATCH_PRIORITY, Key
 
 
 class Track:
     """A live sequence as the scheduler sees it.
 
-    key: its place in the policy's order, unique. namespace: where its KV is cached, None for nowhere.
+    key: its place in the policy's order, unique. is_batch: a row of a batch; live requests go first.
+    namespace: where its KV is cached, None for nowhere.
     is_scored: it needs logits for its prompt; `num_scored` prompt tokens have had theirs.
     capacity: tokens that its pages can hold. node: its deepest own page in the prefix tree.
     num_shared, salt: so many tokens, whole pages, are cached for everybody, the rest by a number of its own.
@@ -27,6 +28,7 @@ class Track:
         "capacity",
         "held_by",
         "held_until",
+        "is_batch",
         "is_scored",
         "key",
         "max_len",
@@ -45,6 +47,7 @@ class Track:
         request = seq.request
         self.seq = seq
         self.key = key
+        self.is_batch = request.priority >= BATCH_PRIORITY
         self.namespace = namespace
         self.stop_ids = request.stop_token_ids
         self.min_len = seq.num_prompt + request.params.min_tokens
