@@ -38,7 +38,7 @@ SHARED_WIDTH = 4096
 NORM_TILES = (256, 16, 4)
 # Heads of a program, rows of B in a turn, warps.
 WRITE_ROWS = (8, 16, 4)
-WRITE_TILES_WARPS = 4
+WRITE_TILES_WARPS = 8
 TILE_RANK = 16
 
 
