@@ -46,7 +46,9 @@ class RandomAdapters:
         longest = max(max(shape) for shape in spec.linear_shapes.values())
         num_values = max(buffer_bytes // dtype.itemsize, 128 * longest)
         drawn = torch.empty(num_values, dtype=dtype, device=device).normal_(0, STD, generator=generator)
-        self._values = drawn.cpu()
+        # Pinned, so that loads copy from where the windows lie.
+        self._values = torch.empty(num_values, dtype=dtype, pin_memory=torch.cuda.is_available())
+        self._values.copy_(drawn)
         self._next = 0
 
     def make(self, name: str, rank: int) -> AdapterWeights:

@@ -47,7 +47,7 @@ class MergedWeights:
             changed[short] = _merged_linear(getattr(layer, short), delta)
             if delta.bias is not None:
                 bias = getattr(layer, f"{short}_bias")
-                changed[f"{short}_bias"] = delta.bias if bias is None else bias.float() + delta.bias
+                changed[f"{short}_bias"] = delta.bias.float() if bias is None else bias.float() + delta.bias
         return replace(layer, **changed)
 
     def linear(self, layer: int, module: str) -> torch.Tensor:
@@ -57,7 +57,7 @@ class MergedWeights:
 
 
 def _merged_linear(weight: torch.Tensor, delta: ModuleDelta) -> torch.Tensor:
-    merged = weight.float().addmm(delta.b.T, delta.a)
+    merged = weight.float().addmm(delta.b.T.float(), delta.a.float())
     return merged if delta.gain is None else merged * delta.gain[:, None]
 
 

@@ -83,7 +83,8 @@ class MixtureCache:
 
 def _stack(deltas: list[tuple[ModuleDelta, float]]) -> ModuleDelta:
     return ModuleDelta(
-        torch.cat([delta.a for delta, _ in deltas]), torch.cat([scale * delta.b for delta, scale in deltas])
+        torch.cat([delta.a for delta, _ in deltas]),
+        torch.cat([scale * delta.b.float() for delta, scale in deltas]),
     )
 
 

@@ -27,11 +27,18 @@ class AdapterStore:
     """Registered adapters of one base model.
 
     num_pages: pages of the pool that an adapter takes while resident; the executor knows.
+    pack: makes of an adapter what the store keeps of it, see `PackingExecutor`; None: it is kept as it is.
     """
 
-    def __init__(self, base: ModelWeights, num_pages: Callable[[AdapterWeights], int]) -> None:
+    def __init__(
+        self,
+        base: ModelWeights,
+        num_pages: Callable[[AdapterWeights], int],
+        pack: Callable[[AdapterWeights], AdapterWeights] | None = None,
+    ) -> None:
         self._base = base
         self._num_pages = num_pages
+        self._pack = pack
         self._refs: dict[str, AdapterRef] = {}
         self._weights: dict[str, AdapterWeights] = {}
         self._holders: dict[str, int] = {}
@@ -53,7 +60,7 @@ class AdapterStore:
         _check_name(name)
         ref = AdapterRef(name, weights.digest, self._num_pages(weights))
         # Equal digests are equal weights: the copy held already stays, so that nothing is stored twice.
-        self._weights.setdefault(weights.digest, weights)
+        self._keep(weights)
         self.hold(weights.digest)
         old = self._refs.get(name)
         self._refs[name] = ref
@@ -100,7 +107,7 @@ class AdapterStore:
             mixed = replace(ref, num_pages=self._num_pages(weights))
         except AdapterError as error:
             raise RequestError(f"adapter {ref.name!r}: {error}", field="adapter") from error
-        self._weights[ref.digest] = weights
+        self._keep(weights)
         self.hold(ref.digest)
         for digest in self._mixtures.put(mixed, num_bytes(weights)):
             self.release(digest)
@@ -132,6 +139,10 @@ class AdapterStore:
             self._holders[digest] = count - 1
         else:
             del self._holders[digest], self._weights[digest]
+
+    def _keep(self, weights: AdapterWeights) -> None:
+        if weights.digest not in self._weights:
+            self._weights[weights.digest] = weights if self._pack is None else self._pack(weights)
 
     def _name_of(self, digest: str, mixture: AdapterRef) -> str:
         """The name by which a mixture asked for a digest, for errors."""

@@ -20,7 +20,8 @@ class ModuleDelta:
     a: [rank, in]; b: [rank, out], the adapter's scaling already multiplied into it.
     gain: [out], DoRA's magnitude over the norm of the adapted weight (Liu et al. 2024).
     bias: [out], the trained bias minus the base layer's bias.
-    All float32, contiguous, finite. rank 0 is allowed (a bias or a gain alone).
+    All float32, or the pool's dtype once an executor packed them; contiguous, finite. rank 0 is allowed
+    (a bias or a gain alone).
     """
 
     a: torch.Tensor
@@ -46,7 +47,7 @@ class VocabularyDelta:
     right: torch.Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class AdapterWeights:
     """A checked adapter in host memory.
 

@@ -23,6 +23,7 @@ from polybatch.engine.executors import build_executor, settle
 from polybatch.engine.ports import TextTokenizer
 from polybatch.engine.stats import EngineStats
 from polybatch.errors import ConfigError, EngineError, RequestError
+from polybatch.execution.executor import PackingExecutor
 from polybatch.mixture import AdapterChoice, Mixture, choice_of, is_pairs
 from polybatch.models.loader import load_model
 from polybatch.request import AdapterRef, Request, RequestOutput, SamplingParams
@@ -78,7 +79,8 @@ class LLM:
         needed = adapter_bytes((adapters or {}).values(), resolve_dtype(config))
         self.config = settle(config, loaded.spec, needed)
         runner = build_executor(loaded.weights, self.config, model=str(loaded.path or model))
-        store = AdapterStore(loaded.weights, runner.adapter_pages)
+        pack = runner.pack_adapter if isinstance(runner, PackingExecutor) else None
+        store = AdapterStore(loaded.weights, runner.adapter_pages, pack)
         scheduler = Scheduler(self.config.scheduler, runner.pool, loaded.fingerprint)
         self._attach(
             EngineCore(

@@ -178,6 +178,9 @@ class CudaExecutor:
     def adapter_pages(self, weights: AdapterWeights) -> int:
         return self._adapters.pages_needed(weights)
 
+    def pack_adapter(self, weights: AdapterWeights) -> AdapterWeights:
+        return self._adapters.pack(weights)
+
     @torch.no_grad()
     def forward(self, plan: StepPlan, adapters: Mapping[str, AdapterWeights]) -> torch.Tensor:
         """Carry out a plan; see `Executor.forward`. Raises EngineError where it breaks a limit."""

@@ -58,6 +58,16 @@ class Executor(Protocol):
         ...
 
 
+@runtime_checkable
+class PackingExecutor(Executor, Protocol):
+    """An executor that loads adapters best from host memory of its own making."""
+
+    def pack_adapter(self, weights: AdapterWeights) -> AdapterWeights:
+        """The adapter in such memory and in the pool's dtype. Loads are fast for what this returned, and
+        whoever keeps that need not keep `weights`."""
+        ...
+
+
 class Launch(Protocol):
     """A step that was handed to the device."""
 

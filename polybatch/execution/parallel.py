@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from polybatch.adapters.layout import AdapterLayout
 from polybatch.adapters.weights import AdapterWeights
 from polybatch.config import ModelSpec
 from polybatch.execution import parallel_messages as ms
@@ -244,8 +243,13 @@ class _LeadingAdapters(CudaAdapters):
         self._team.flush()
         return known
 
-    def _written(self, weights: AdapterWeights, layout: AdapterLayout) -> torch.Tensor:
-        return super()._written(shard_adapter(weights, Shard(0, self._team.size))[0], layout)
+    def pack(self, weights: AdapterWeights) -> AdapterWeights:
+        # What rank 0 loads is its part of the whole, which stays as it is.
+        self.prepare(weights)
+        return weights
+
+    def _part(self, weights: AdapterWeights) -> AdapterWeights:
+        return shard_adapter(weights, Shard(0, self._team.size))[0]
 
 
 def device_of(first: str, rank: int) -> str:

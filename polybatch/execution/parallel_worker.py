@@ -119,7 +119,7 @@ class Follower(ShardedExecutor):
                     scaled[module] = SumScale(gain, bias)
             layers.append(layer)
             scales.append(scaled)
-        self._held[message.digest] = AdapterWeights(message.digest, tuple(layers))
+        self._held[message.digest] = self._adapters.pack(AdapterWeights(message.digest, tuple(layers)))
         self._keep_scales(message.digest, tuple(scales))
 
 

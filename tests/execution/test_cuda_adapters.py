@@ -1,6 +1,7 @@
 """Adapters in a GPU pool's pages, on the CPU: rows where the words say, whatever was loaded before."""
 
 import dataclasses
+import weakref
 
 import numpy as np
 import pytest
@@ -102,19 +103,69 @@ def test_every_row_lies_where_the_words_say_in_every_layer(kinds, dtype, seed):
             read(adapters, arena, dtype, index, weights, layer)
 
 
-def test_an_adapter_may_move_and_come_back_from_the_host_cache_or_without_it():
-    for cache in (0, 1 << 20):
-        arena, adapters = pool(host_cache_bytes=cache)
-        weights = adapter(1, dense=True)
-        adapters.prepare(weights)
-        count = adapters.pages_needed(weights)
-        for first in (0, 20, 7):
-            arena[:] = 0xFF
-            pages = tuple(range(first, first + count))
-            adapters.load(weights, pages)
-            (index,) = adapters.place([weights.digest], {weights.digest: pages})
-            for layer in range(SPEC.num_layers):
-                read(adapters, arena, torch.float32, index, weights, layer)
+@pytest.mark.parametrize("staging_bytes", [0, 4096, 64 << 20])
+def test_an_adapter_may_move_and_come_back_through_any_staging(staging_bytes):
+    arena, adapters = pool(staging_bytes=staging_bytes)
+    weights = adapter(1, dense=True)
+    count = adapters.pages_needed(weights)
+    for first in (0, 20, 7):
+        arena[:] = 0xFF
+        pages = tuple(range(first, first + count))
+        adapters.load(weights, pages)
+        (index,) = adapters.place([weights.digest], {weights.digest: pages})
+        for layer in range(SPEC.num_layers):
+            read(adapters, arena, torch.float32, index, weights, layer)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    ranks=st.lists(st.integers(0, 6), min_size=SPEC.num_layers, max_size=SPEC.num_layers),
+    staging_bytes=st.sampled_from([0, 2048, 1 << 20]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    is_packed=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_packed_or_not_all_rows_of_any_ranks_pass_staging(ranks, staging_bytes, dtype, is_packed, seed):
+    arena, adapters = pool(dtype, staging_bytes=staging_bytes)
+    shapes = SPEC.linear_shapes.items()
+    weights = AdapterWeights(
+        "drawn",
+        tuple({m: ModuleDelta(torch.randn(r, i), torch.randn(r, o)) for m, (o, i) in shapes} for r in ranks),
+    )
+    kept = adapters.pack(weights) if is_packed else weights
+    order = np.random.default_rng(seed).permutation(NUM_PAGES)
+    pages = tuple(order[: adapters.pages_needed(kept)].tolist())
+    adapters.load(kept, pages)
+    (index,) = adapters.place(["drawn"], {"drawn": pages})
+    for layer in range(SPEC.num_layers):
+        read(adapters, arena, dtype, index, weights, layer)
+    free = arena[:, order[len(pages) :]]
+    assert (free == 0xFF).all()
+
+
+def test_host_memory_is_held_no_longer_than_the_weights():
+    _, adapters = pool(torch.bfloat16)
+    weights = adapter(1)
+    pages = tuple(range(adapters.pages_needed(weights)))
+    adapters.load(weights, pages)
+    known = adapters._adapters[weights.digest]
+    held = weakref.ref(known.source.plan)
+    assert held() is not None
+    same = adapter(1)
+    adapters.load(same, pages)
+    del weights
+    assert known.source is not None
+    del same
+    assert known.source is None
+    assert held() is None
+
+
+def test_adapters_of_equal_ranks_share_their_tables():
+    _, adapters = pool()
+    held = [adapters.pack(adapter(seed, dense=True)) for seed in range(3)]
+    sources = [adapters._adapters[weights.digest].source for weights in held]
+    assert len({id(source.plan) for source in sources}) == 1
+    assert len({run.data_ptr() for source in sources for run, _ in source.copies[0]}) == 3
 
 
 def test_full_words_start_afresh_with_the_adapters_of_the_step(monkeypatch):
@@ -177,16 +228,3 @@ def test_a_forgotten_adapter_leaves_its_index_to_another():
     assert adapters.index_of(first.digest) is None
     adapters.load(dataclasses.replace(second), pages)
     assert adapters.index_of(second.digest) == index
-
-
-@given(st.data())
-@settings(max_examples=50, deadline=None)
-def test_rows_are_written_wherever_they_lie(data: st.DataObject) -> None:
-    width = data.draw(st.integers(1, 5))
-    slots = data.draw(st.lists(st.integers(0, 40), unique=True, min_size=1, max_size=12))
-    values = torch.arange(len(slots) * width, dtype=torch.float32).view(-1, width) + 1
-    flat = torch.zeros(41 * width)
-    cuda_adapters._write(flat, np.array(slots, np.int64) * width, values)
-    expected = torch.zeros(41, width)
-    expected[slots] = values
-    assert torch.equal(flat.view(41, width), expected)
