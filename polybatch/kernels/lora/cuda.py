@@ -64,7 +64,7 @@ EXPAND = {NARROW: Tuning(256, 4, 2), WIDE: Tuning(128, 4, 2)}
 # Rows of B in one turn of expand's loop.
 EXPAND_RANK = 16
 PROGRAMS_PER_SM = 8
-BESIDE_PER_SM = 2
+BESIDE_PER_SM = 8
 # Groups whose shrink runs beside the base layer in graphs.
 BESIDE = set(range(len(GROUPS)))
 

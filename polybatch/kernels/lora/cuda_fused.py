@@ -28,17 +28,18 @@ QKV, O, GATE_UP, DOWN = range(len(GROUPS))  # noqa: E741
 
 # Chosen by benchmarks/cuda/lora.py on an H100. Columns of a block, rows of B in a turn for one token and for
 # several, warps.
-SILU_ROWS = (1024, 16, 8, 8)
+SILU_ROWS = (512, 16, 8, 4)
 # Columns of a block, blocks of a program, warps.
-SILU_TILES = (128, 4, 8)
+SILU_TILES = (128, 4, 4)
 # Elements of B in a turn for one token and for several, warps for 4,096 columns.
 NORM_ROWS = (1 << 16, 1 << 14, 16)
 SHARED_WIDTH = 4096
 # Columns of a block, tokens, warps.
 NORM_TILES = (256, 16, 4)
 # Heads of a program, rows of B in a turn, warps.
-WRITE_ROWS = (8, 16, 4)
-WRITE_TILES_WARPS = 8
+WRITE_ROWS = (4, 16, 2)
+# float32 would spill with fewer.
+WRITE_TILES_WARPS, WRITE_TILES_WARPS_EXACT = 4, 8
 TILE_RANK = 16
 
 
@@ -179,7 +180,7 @@ class FusedLora:
             write_kv_tiles[heads + 2 * kv_heads, self._plan.num_wide](
                 qkv, qkv.stride(0), positions, slots, table, kv_pages, kv_pages.stride(0), *extra,
                 self._bounds[QKV], *common, **shape, BLOCK_T=BLOCK_TOKENS[WIDE], BLOCK_R=TILE_RANK,
-                EXACT=self._lora.is_exact, num_warps=WRITE_TILES_WARPS,
+                EXACT=self._lora.is_exact, num_warps=WRITE_TILES_WARPS_EXACT if self._lora.is_exact else WRITE_TILES_WARPS,
             )  # fmt: skip
         of_heads: torch.Tensor = qkv.unflatten(1, (heads + 2 * kv_heads, dim))
         return of_heads[:, :heads]
