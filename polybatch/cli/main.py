@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import typer
 
 from polybatch import __version__
-from polybatch.cli import batch, bench, chat, info, selfcheck, serve
+from polybatch.cli import batch, bench, chat, info, keys, selfcheck, serve
 from polybatch.errors import PolybatchError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app = typer.Typer(
 app.command("batch")(batch.batch)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
+app.add_typer(keys.app, name="keys")
 app.command("info")(info.info)
 app.command("bench")(bench.bench)
 app.command("selfcheck")(selfcheck.selfcheck)

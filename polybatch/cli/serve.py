@@ -73,6 +73,20 @@ def serve(
         list[str] | None,
         typer.Option(rich_help_panel=_ACCESS, help="For loading adapters and the like; closed without one."),
     ] = None,
+    api_keys: Annotated[
+        Path | None,
+        typer.Option(
+            rich_help_panel=_ACCESS,
+            help="File of tenants' keys, made by polybatch keys new; read again on SIGHUP.",
+        ),
+    ] = None,
+    tenants: Annotated[
+        Path | None,
+        typer.Option(
+            rich_help_panel=_ACCESS,
+            help="YAML file of tenants' limits and shared prefixes; read again on SIGHUP.",
+        ),
+    ] = None,
     adapter_root: Annotated[
         list[Path] | None,
         typer.Option(rich_help_panel=_ACCESS, help="Folder below which adapters may be loaded at run time."),
@@ -88,6 +102,10 @@ def serve(
         int, typer.Option(rich_help_panel=_LIMITS, help="Prompt tokens that may wait.")
     ] = 1_000_000,
     max_body_bytes: Annotated[int, typer.Option(rich_help_panel=_LIMITS)] = 8 << 20,
+    max_buffered_bytes: Annotated[
+        int, typer.Option(rich_help_panel=_LIMITS, help="Of the bodies of all requests under way.")
+    ] = 256 << 20,
+    max_connections: Annotated[int, typer.Option(rich_help_panel=_LIMITS)] = 4096,
     max_n: Annotated[int, typer.Option(rich_help_panel=_LIMITS, help="Completions per prompt.")] = 32,
     max_logprobs: Annotated[int, typer.Option(rich_help_panel=_LIMITS)] = 20,
     max_stop_strings: Annotated[int, typer.Option(rich_help_panel=_LIMITS)] = 16,
@@ -156,6 +174,8 @@ def serve(
         allowed_hosts=tuple(allowed_host or ()), max_num_queued_reqs=max_num_queued_reqs,
         max_num_queued_tokens=max_num_queued_tokens, max_body_bytes=max_body_bytes, max_n=max_n,
         max_logprobs=max_logprobs, max_stop_strings=max_stop_strings, drain_timeout_s=drain_timeout,
+        api_keys_file=api_keys, tenants_file=tenants, max_buffered_bytes=max_buffered_bytes,
+        max_connections=max_connections,
         data_dir=data_dir, max_file_bytes=max_file_bytes, max_tenant_file_bytes=max_tenant_file_bytes,
     )  # fmt: skip
     settings = engine.engine_settings() | {"policy": scheduling_policy}

@@ -16,11 +16,14 @@ from polybatch.server.errors import ClientGoneError, HttpError
 
 T = TypeVar("T")
 
+_STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*+"|[][{}]', re.DOTALL)
 _QUOTED = re.compile(r"`\$?\.?([^`]+)`")
 
 
 async def read_body(request: Request, config: ServerConfig) -> bytes:
-    """The whole body. Raises HttpError 413 if it is too large, 408 if it takes too long."""
+    """The whole body. Raises HttpError 413 if it is too large, 408 if it takes too long, 429 if memory is
+    short, RequestError if it nests too deeply.
+    """
     limit = config.max_body_bytes
     announced = request.headers.get("content-length", "0")
     if announced.isdigit() and int(announced) > limit:
@@ -29,6 +32,7 @@ async def read_body(request: Request, config: ServerConfig) -> bytes:
     try:
         async with asyncio.timeout(config.body_timeout_s):
             async for piece in request.stream():
+                request.state.body.take(len(piece))
                 body += piece
                 if len(body) > limit:
                     raise _too_large(limit)
@@ -40,7 +44,25 @@ async def read_body(request: Request, config: ServerConfig) -> bytes:
         ) from None
     except ClientDisconnect as error:
         raise ClientGoneError from error
+    check_depth(bytes(body), config.max_json_depth)
     return bytes(body)
+
+
+def check_depth(data: bytes, limit: int) -> None:
+    """Raise RequestError for JSON whose arrays and objects nest deeper, before anything walks down there."""
+    if data.count(b"[") + data.count(b"{") <= limit:
+        return
+    depth = 0
+    for match in _STRING_OR_BRACKET.finditer(data):
+        match match[0]:
+            case b"[" | b"{":
+                depth += 1
+                if depth > limit:
+                    raise RequestError(
+                        f"body nests arrays and objects more than {limit} deep: flatten it", field="body"
+                    )
+            case b"]" | b"}":
+                depth -= 1
 
 
 def _too_large(limit: int) -> HttpError:

@@ -183,7 +183,16 @@ def _check_caps(call: Call, config: ServerConfig) -> None:
         ("logprobs", params.logprobs or 0, config.max_logprobs),
         ("prompt_logprobs", params.prompt_logprobs or 0, config.max_logprobs),
         ("stop", len(params.stop), config.max_stop_strings),
+        ("logit_bias", len(params.logit_bias), config.max_token_ids),
+        ("stop_token_ids", len(params.stop_token_ids), config.max_token_ids),
     )
     for name, value, limit in caps:
         if value > limit:
             raise RequestError(f"{name} asks for {value}; this server allows {limit}", field=name)
+    for text in params.stop:
+        if len(text) > config.max_stop_chars:
+            raise RequestError(
+                f"stop has a string of {len(text):,} characters; "
+                f"this server allows {config.max_stop_chars:,}",
+                field="stop",
+            )

@@ -15,12 +15,15 @@ class ServerConfig:
 
     served_model_names: what `model` may say for the base model; answers to `/v1/models` begin with the first.
     api_keys: one of them is needed for every route but liveness, if there are any. admin_api_keys: for routes
-    that change the server; without one these are closed. adapter_roots: folders below which adapters may be
-    loaded at run time. allowed_hosts: Host headers besides those of this machine, for a server without keys.
-    max_num_queued_reqs, max_num_queued_tokens: completions and prompt tokens that may wait; more are
-    answered with 429. max_body_bytes: of a request. max_n, max_logprobs, max_stop_strings: per request.
-    data_dir: where files and batches are kept; without it there are none. max_file_bytes: of an upload;
-    max_tenant_file_bytes: of all files of a tenant; max_tenant_batches: under way at once.
+    that change the server; without one these are closed. api_keys_file, tenants_file: keys and limits of
+    tenants, see `polybatch.server.key_file` and `polybatch.server.tenants`. adapter_roots: folders below
+    which adapters may be loaded at run time. allowed_hosts: Host headers besides those of this machine, for a
+    server without keys. max_num_queued_reqs, max_num_queued_tokens: completions and prompt tokens that may
+    wait; more are answered with 429. max_body_bytes: of a request; max_buffered_bytes: of all bodies whose
+    requests are under way. max_json_depth: of arrays and objects in each other. max_n, max_logprobs,
+    max_stop_strings: per request; max_stop_chars: of a stop string; max_token_ids: in logit_bias and in
+    stop_token_ids. data_dir: where files and batches are kept; without it there are none. max_file_bytes: of
+    an upload; max_tenant_file_bytes: of all files of a tenant; max_tenant_batches: under way at once.
     body_timeout_s: to send a request. send_timeout_s: to take a piece of an answer. drain_timeout_s: that
     running requests have to end on shutdown.
     """
@@ -30,14 +33,21 @@ class ServerConfig:
     port: int = 8000
     api_keys: tuple[str, ...] = ()
     admin_api_keys: tuple[str, ...] = ()
+    api_keys_file: Path | None = None
+    tenants_file: Path | None = None
     adapter_roots: tuple[Path, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
     max_num_queued_reqs: int = 1024
     max_num_queued_tokens: int = 1_000_000
     max_body_bytes: int = 8 << 20
+    max_buffered_bytes: int = 256 << 20
+    max_connections: int = 4096
+    max_json_depth: int = 64
     max_n: int = 32
     max_logprobs: int = 20
     max_stop_strings: int = 16
+    max_stop_chars: int = 1024
+    max_token_ids: int = 1024
     data_dir: Path | None = None
     max_file_bytes: int = 200 << 20
     max_tenant_file_bytes: int = 4 << 30

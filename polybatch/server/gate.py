@@ -13,6 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from polybatch.server.auth import Caller, Keys
+from polybatch.server.body_budget import BodyBudget, BodyLease
 from polybatch.server.config import ServerConfig
 from polybatch.server.errors import HttpError, error_response
 
@@ -22,10 +23,12 @@ _LOCAL_HOSTS = frozenset(("localhost", "127.0.0.1", "::1"))
 
 
 class Gate:
-    """ASGI middleware. Puts `request_id` and `caller` into the request's state."""
+    """ASGI middleware. Puts `request_id`, `caller` and `body`, the memory it may take, into the request's
+    state."""
 
     def __init__(self, app: ASGIApp, config: ServerConfig, keys: Keys) -> None:
         self._app, self._keys = app, keys
+        self._bodies = BodyBudget(config.max_buffered_bytes)
         self._hosts: frozenset[str] | None = None
         if keys.is_open and config.is_local:
             # A web page could otherwise reach a server without keys under a host name of its own.
@@ -52,7 +55,11 @@ class Gate:
         except HttpError as error:
             await error_response(error)(scope, receive, send_with_id)
             return
-        await self._app(scope, receive, send_with_id)
+        state["body"] = body = BodyLease(self._bodies)
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            body.release()
 
     def _admit(self, path: str, headers: Headers) -> Caller:
         if self._hosts is not None:
@@ -69,7 +76,8 @@ class Gate:
                 raise HttpError(403, f"Origin {origin[:100]!r} may not call", kind="permission_error")
         if path in OPEN_PATHS:
             return Caller()
-        return self._keys.caller_of(headers.get("authorization"))
+        authorization = headers.get("authorization")
+        return self._keys.caller_of(authorization)
 
 
 def _host_of(netloc: str) -> str:

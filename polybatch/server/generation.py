@@ -21,7 +21,7 @@ from polybatch.request import Request, RequestOutput
 from polybatch.server.admission import Ticket
 from polybatch.server.auth import Caller
 from polybatch.server.call import ServerCall
-from polybatch.server.errors import unavailable
+from polybatch.server.errors import HttpError, unavailable
 from polybatch.server.names import adapter_of
 from polybatch.server.state import ServerState
 
@@ -45,6 +45,7 @@ class Generation:
             OutputCollector(request, text) for request, text in zip(requests, texts, strict=True)
         ]
         self._started_s = time.monotonic()
+        self._num_output_tokens = 0
         self._is_closed = False
 
     @property
@@ -57,8 +58,15 @@ class Generation:
         is_queued: False for rows of batches, which have slots of their own.
         """
         if is_queued:
+            state, tenant = self._state, self.requests[0].tenant
+            limits = state.tenants.limits(tenant)
             num_seqs = sum(request.params.n for request in self.requests)
-            self._ticket = self._state.admission.enter(num_seqs, self.num_prompt_tokens)
+            self._ticket = state.admission.enter(num_seqs, self.num_prompt_tokens, tenant, limits)
+            try:
+                state.rates.enter(tenant, self.num_prompt_tokens, limits.tokens_per_minute)
+            except HttpError:
+                state.admission.leave(self._ticket)
+                raise
         # Log-probabilities are many times the size of tokens, and go in pieces.
         is_streamed = self.call.is_streamed or self.call.call.params.logprobs is not None
         try:
@@ -72,6 +80,7 @@ class Generation:
         """(number of the prompt, delta) as they come. Raises RequestError or EngineError where one fails."""
         if len(self._streams) == 1:
             async for delta in self._streams[0]:
+                self._count(delta)
                 yield 0, delta
             return
         queue: asyncio.Queue[tuple[int, RequestDelta | PolybatchError | None]] = asyncio.Queue()
@@ -87,6 +96,7 @@ class Generation:
                 elif isinstance(item, PolybatchError):
                     raise item
                 else:
+                    self._count(item)
                     yield index, item
         finally:
             for pump in pumps:
@@ -101,12 +111,17 @@ class Generation:
             self.close()
         return [collector.output() for collector in self._collectors]
 
+    def _count(self, delta: RequestDelta) -> None:
+        self._num_output_tokens += sum(len(completion.token_ids) for completion in delta.completions)
+
     def close(self) -> None:
         """Leave the queue and abort what still runs. Idempotent."""
         for stream in self._streams:
             stream.close()
         if self._ticket is not None:
             self._state.admission.leave(self._ticket)
+            self._state.rates.charge(self.requests[0].tenant, self._num_output_tokens)
+            self._num_output_tokens = 0
         if not self._is_closed:
             logger.info(
                 "%s: %d prompt tokens, adapter %s, %.3f s", self.requests[0].request_id,
@@ -137,7 +152,7 @@ async def prepare(state: ServerState, call: ServerCall, caller: Caller) -> Gener
         call.adapter_id,
         call.lora,
         base_names=state.config.served_model_names,
-        adapters=llm.adapter_paths,
+        adapters=state.tenants.visible(caller.tenant, llm.adapter_paths),
     )
     prompts: Sequence[str | tuple[int, ...]] = (
         (await render(state, call.call.messages, call.template),) if call.is_chat else call.call.prompts
@@ -161,6 +176,11 @@ async def prepare(state: ServerState, call: ServerCall, caller: Caller) -> Gener
                 request_id=f"{internal_id}-{index}",
                 priority=call.priority,
                 cache_salt=f"{caller.tenant}/{call.cache_salt}",
+                tenant=caller.tenant,
+                # Who asks for a cache of its own shares nothing.
+                num_shared_tokens=(
+                    0 if call.cache_salt else state.shared_prefixes.num_shared(caller.tenant, ids)
+                ),
             )
         )
         texts.append(text)

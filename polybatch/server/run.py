@@ -1,23 +1,26 @@
 """Runs the server from start to shutdown.
 
 SIGTERM or SIGINT: readiness turns false, no new work is taken, what runs may end within `drain_timeout_s`,
-and what then still runs is told why it ends. When the engine cannot be brought back, the server ends as well.
+and what then still runs is told why it ends. SIGHUP: keys and tenants are read again. When the engine cannot
+be brought back, the server ends as well.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import socket
 from types import FrameType
 
 import uvicorn
 
 from polybatch.engine.async_llm import AsyncLLM
+from polybatch.errors import ConfigError
 from polybatch.server.app import create_app
 from polybatch.server.batches.service import BatchService
 from polybatch.server.config import ServerConfig
-from polybatch.server.protocol import LimitedProtocol
+from polybatch.server.protocol import limited_to
 from polybatch.server.state import ServerState
 
 logger = logging.getLogger("polybatch.server")
@@ -38,7 +41,8 @@ class DrainingServer(uvicorn.Server):
             state.batches = BatchService(state, config.data_dir)
         super().__init__(
             uvicorn.Config(
-                create_app(state), host=config.host, port=config.port, http=LimitedProtocol, ws="none",
+                create_app(state), host=config.host, port=config.port,
+                http=limited_to(config.max_connections), ws="none",
                 loop="uvloop", lifespan="off", log_config=None, access_log=False, server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=int(config.drain_timeout_s + FLUSH_S) + 1,
@@ -89,12 +93,23 @@ async def serve(llm: AsyncLLM, config: ServerConfig) -> int:
                 "listening on %s without API keys: anybody who can reach it may use it", config.host
             )
         server = DrainingServer(state)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload_tenants, state)
         failed = asyncio.create_task(_stop_when_failed(llm, server))
         logger.info("serving %s on http://%s:%d", config.served_model_names[0], config.host, config.port)
         await server.serve()
         is_failed = failed.done()
         failed.cancel()
     return FAILED_STATUS if is_failed else 0
+
+
+def reload_tenants(state: ServerState) -> None:
+    """Take over what changed in the files; a file that is wrong is reported and the old content stays."""
+    try:
+        state.reload()
+    except ConfigError as error:
+        logger.error("keys and tenants stay as they were: %s", error)
+    else:
+        logger.info("keys of %d tenants were read", len(state.keys.tenants))
 
 
 async def _stop_when_failed(llm: AsyncLLM, server: uvicorn.Server) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse
 
+from polybatch.server.auth import caller_of
 from polybatch.server.names import unknown_model
 from polybatch.server.state import ServerState, state_of
 
@@ -16,23 +17,29 @@ router = APIRouter(tags=["models"])
 @router.get("/v1/models")
 async def list_models(request: Request) -> JSONResponse:
     """All models: the base model's names first, then adapters, each with its base as `parent`."""
-    return JSONResponse({"object": "list", "data": _models(state_of(request))})
+    return JSONResponse({"object": "list", "data": _models(request)})
 
 
 @router.get("/v1/models/{model:path}")
 async def get_model(request: Request, model: str) -> JSONResponse:
     """One model by its id."""
-    state = state_of(request)
-    for entry in _models(state):
+    for entry in _models(request):
         if entry["id"] == model:
             return JSONResponse(entry)
-    raise unknown_model(model, state.config.served_model_names, state.llm.adapter_paths)
+    raise unknown_model(model, state_of(request).config.served_model_names, _adapters(request))
 
 
-def _models(state: ServerState) -> list[dict[str, Any]]:
+def _adapters(request: Request) -> list[str]:
+    """The adapters that the caller's tenant may use; there are no others for it."""
+    state = state_of(request)
+    return sorted(state.tenants.visible(caller_of(request).tenant, state.llm.adapter_paths))
+
+
+def _models(request: Request) -> list[dict[str, Any]]:
+    state = state_of(request)
     names = state.config.served_model_names
     bases = [_entry(state, name, state.llm.model, None) for name in names]
-    adapters = sorted(state.llm.adapter_paths.items())
+    adapters = [(name, state.llm.adapter_paths[name]) for name in _adapters(request)]
     return bases + [_entry(state, name, path, names[0]) for name, path in adapters]
 
 

@@ -11,11 +11,12 @@ from starlette.responses import JSONResponse
 from polybatch.chat_template import check_messages
 from polybatch.engine.door import check_vocabulary
 from polybatch.errors import RequestError
+from polybatch.server.auth import caller_of
 from polybatch.server.bodies import decode_as, read_body
 from polybatch.server.generation import encode, render
 from polybatch.server.names import adapter_of
 from polybatch.server.openapi import struct_body
-from polybatch.server.state import ServerState, state_of
+from polybatch.server.state import state_of
 
 router = APIRouter(tags=["tokens"])
 
@@ -41,7 +42,7 @@ async def tokenize(request: Request) -> JSONResponse:
     """Token ids of a text or of a conversation."""
     state = state_of(request)
     body = decode_as(await read_body(request, state.config), Tokenize)
-    _check_model(state, body.model)
+    _check_model(request, body.model)
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("give either prompt or messages", field="prompt")
     if body.messages is not None:
@@ -70,7 +71,7 @@ async def detokenize(request: Request) -> JSONResponse:
     """Text of token ids, special ones by name."""
     state = state_of(request)
     body = decode_as(await read_body(request, state.config), Detokenize)
-    _check_model(state, body.model)
+    _check_model(request, body.model)
     tokenizer = state.llm.tokenizer
     if tokenizer is None:
         raise RequestError("the model has no tokenizer", field="tokens")
@@ -78,8 +79,10 @@ async def detokenize(request: Request) -> JSONResponse:
     return JSONResponse({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)})
 
 
-def _check_model(state: ServerState, model: str | None) -> None:
+def _check_model(request: Request, model: str | None) -> None:
     """Raise HttpError 404 for a model that is not here."""
+    state = state_of(request)
     if model is not None:
         names = state.config.served_model_names
-        adapter_of(model, None, None, base_names=names, adapters=state.llm.adapter_paths)
+        adapters = state.tenants.visible(caller_of(request).tenant, state.llm.adapter_paths)
+        adapter_of(model, None, None, base_names=names, adapters=adapters)
