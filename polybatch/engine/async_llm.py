@@ -35,6 +35,7 @@ from polybatch.engine.ports import TextTokenizer
 from polybatch.engine.snapshot import EngineSnapshot
 from polybatch.engine.stats import EngineStats
 from polybatch.errors import AdapterError, ConfigError, EngineError, PolybatchError, RequestError
+from polybatch.log_format import current_format
 from polybatch.mixture import AdapterChoice
 from polybatch.request import AdapterRef, Request, RequestOutput, SamplingParams
 from polybatch.structured.checker import GrammarChecker
@@ -438,8 +439,9 @@ class AsyncLLM:
     async def _open(self, *, is_restart: bool) -> None:
         level = logging.getLogger("polybatch").getEffectiveLevel()
         start = ms.Start(
-            self.model, self.adapter_paths, self.settings, self.watch.heartbeat_s, is_restart, level
-        )
+            self.model, self.adapter_paths, self.settings, self.watch.heartbeat_s, is_restart, level,
+            current_format(),
+        )  # fmt: skip
         self._connection, self._ready = await Connection.open(start, self.watch, self._receive)
         self._table.replace(self._ready.adapters)
         self._set_state(EngineState.READY, "it serves")

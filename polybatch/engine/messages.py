@@ -22,6 +22,7 @@ from polybatch.errors import (
     PolybatchError,
     RequestError,
 )
+from polybatch.log_format import LogFormat
 from polybatch.request import AdapterRef, FinishReason, Logprob, Request, RequestMetrics
 
 MAX_FRAME_BYTES = 64 << 20
@@ -43,6 +44,7 @@ class Start(msgspec.Struct, array_like=True, frozen=True, tag=True):
     heartbeat_s: float
     is_restart: bool = False
     log_level: int = 20
+    log_format: LogFormat = "text"
 
 
 class Submit(msgspec.Struct, array_like=True, frozen=True, tag=True):

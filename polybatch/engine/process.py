@@ -28,6 +28,7 @@ from polybatch.engine.grammars import WaitingForGrammars
 from polybatch.engine.snapshot import take_snapshot
 from polybatch.engine.stub import is_stub, stub_core
 from polybatch.errors import AdapterError, EngineError, PolybatchError, RequestError
+from polybatch.log_format import set_up_logging
 from polybatch.request import AdapterRef, Request, RequestOutput
 
 logger = logging.getLogger("polybatch.engine")
@@ -262,7 +263,7 @@ def serve(link: Link) -> int:
     start = link.receive()
     if not isinstance(start, ms.Start):
         return 1
-    logging.basicConfig(level=start.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up_logging(start.log_level, start.log_format)
     try:
         engine = load(start)
     except (PolybatchError, OSError, MemoryError) as error:

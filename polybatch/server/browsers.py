@@ -1,8 +1,8 @@
 """Keys for people: a browser asks for a password, and the API key is it.
 
-A page cannot be opened with a Bearer header, so below /dashboard the key may also come by HTTP's Basic scheme,
-with any user name. Nowhere else: a browser sends such a password by itself, and no other site shall be able to
-make it call a route that does something.
+A page cannot be opened with a Bearer header, so below /dashboard the key may also come by HTTP's Basic
+scheme, with any user name. Nowhere else: a browser sends such a password by itself, and no other site shall
+be able to make it call a route that does something.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the dashboard shows, as one JSON object: `/dashboard/data` answers with it, twice a second or so.
 
-All times are seconds; those called `at` or ending in `_at` lie on the engine's clock, of which `now` is the moment.
+All times are seconds; `now`, `at` and those that end in `_at` lie on the engine's clock.
 """
 
 from __future__ import annotations

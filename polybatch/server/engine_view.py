@@ -1,4 +1,4 @@
-"""The engine as watchers see it: one snapshot for all of them, taken seldom enough to cost next to nothing."""
+"""The engine as watchers see it: one snapshot for all of them, seldom enough to cost next to nothing."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ PATIENCE_S = 1.0
 
 
 class EngineView:
-    """Snapshots on demand. `steps`: the last of them, oldest first, over several snapshots."""
+    """Snapshots on demand.
+
+    steps: the last of them, oldest first, over several snapshots. life: which engine process they are of,
+    counted from 0.
+    """
 
     def __init__(self, llm: AsyncLLM) -> None:
         self._llm = llm
         self._snapshot: EngineSnapshot | None = None
         self._taken_s = float("-inf")
         self._taking: asyncio.Task[None] | None = None
-        self._life = llm.num_restarts
+        self.life = llm.num_restarts
         self.steps: deque[StepRecord] = deque(maxlen=MAX_STEPS)
 
     async def look(self) -> EngineSnapshot | None:
@@ -46,13 +50,13 @@ class EngineView:
 
     def _begin_life(self) -> None:
         """Forget what an engine process left that is no more."""
-        if self._life != self._llm.num_restarts:
-            self._life = self._llm.num_restarts
+        if self.life != self._llm.num_restarts:
+            self.life = self._llm.num_restarts
             self._snapshot = None
             self.steps.clear()
 
     async def _take(self) -> None:
-        life = self._life
+        life = self.life
         try:
             snapshot = await self._llm.snapshot(self.steps[-1].index if self.steps else -1)
         except EngineError:

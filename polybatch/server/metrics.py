@@ -146,7 +146,7 @@ class ServerMetrics(Collector):
             family = GaugeMetricFamily(
                 f"{_OWN}sequences_{name}", f"Sequences that are {name}, by adapter", labels=("adapter",)
             )
-            yield _by(family, _capped(counts))
+            yield _by(family, {"": 0} | _capped(counts))
         yield _counter(f"{_OWN}adapter_loads", "Adapters loaded into the pool", stats.num_adapter_loads)
         yield _counter(f"{_OWN}steps", "Steps", times.num_steps)
         yield _by(
