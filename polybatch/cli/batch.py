@@ -15,9 +15,13 @@ from rich.console import Console
 
 from polybatch.cli.options import EngineOptions, with_engine
 from polybatch.cli.progress import ProgressDisplay, summary_table
+from polybatch.cli.remote import api_key_of, refuse_engine_flags, run_batch
 from polybatch.errors import ConfigError
 from polybatch.jobs.job import Job, open_job, weights_fingerprint
-from polybatch.jobs.runner import ModelNames, Progress, Runner
+from polybatch.jobs.results import Progress
+from polybatch.jobs.runner import ModelNames, Runner
+
+_SERVER = "Through a server"
 
 LOOK_AHEAD = 2
 """Completions kept in the engine per one that can run, so that a batch never runs dry."""
@@ -43,6 +47,21 @@ def batch(
         list[str] | None,
         typer.Option(metavar="NAME", help="Another name for the base model in the input; repeat for more."),
     ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            rich_help_panel=_SERVER,
+            help="Have a running server answer, instead of an engine here.",
+        ),
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(rich_help_panel=_SERVER, help="Better in the environment, as POLYBATCH_API_KEY."),
+    ] = None,
+    concurrency: Annotated[
+        int, typer.Option(rich_help_panel=_SERVER, min=1, help="Requests under way at once.")
+    ] = 64,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")] = False,
 ) -> None:
     """Run every request of a file and write every answer.
@@ -54,9 +73,26 @@ def batch(
     Stop it with Ctrl-C, kill it, pull the plug: the same command goes on where it stopped, with no
     row lost or repeated. Lines that are wrong become error lines of the output.
 
+    With --server URL the same happens through a server that speaks OpenAI's interface.
+
     Exit status 0 once every line has an answer or an error line.
     """
     console = Console(stderr=True)
+    if server is not None:
+        if served_model_name:
+            raise ConfigError("--served-model-name is the server's to choose: leave it out beside --server")
+        refuse_engine_flags(engine)
+        with ProgressDisplay(console, quiet) as display:
+            progress, stopped_by = run_batch(
+                server, api_key_of(api_key), input_path, output_path, resume=resume, overwrite=overwrite,
+                concurrency=concurrency, report=display,
+                begun=lambda job: _say_continued(job, console, quiet),
+            )  # fmt: skip
+        if stopped_by:
+            raise typer.Exit(_explain_stop(console, progress, output_path, stopped_by))
+        if not quiet:
+            console.print(summary_table(progress, str(output_path)))
+        return
     model, adapters = engine.chosen_model(), engine.adapters()
     names = ModelNames((model, *(served_model_name or ())), tuple(adapters))
     if clash := set(names.base) & set(adapters):
@@ -68,14 +104,19 @@ def batch(
         if ok + errors == total:
             progress = Progress(total, ok, errors, done_before=ok + errors)
         else:
-            if job.was_resumed and not quiet:
-                note = f"continuing {output_path}: {ok + errors:,} of {total:,} rows are done"
-                console.print(note, soft_wrap=True, highlight=False, markup=False)
+            _say_continued(job, console, quiet)
             progress, stopped_by = _run(job, engine, names, console, quiet)
             if stopped_by:
                 raise typer.Exit(_explain_stop(console, progress, output_path, stopped_by))
         if not quiet:
             console.print(summary_table(progress, str(output_path)))
+
+
+def _say_continued(job: Job, console: Console, quiet: bool) -> None:
+    total, ok, errors = job.journal.counts()
+    if job.was_resumed and not quiet and ok + errors < total:
+        note = f"continuing {job.output.path}: {ok + errors:,} of {total:,} rows are done"
+        console.print(note, soft_wrap=True, highlight=False, markup=False)
 
 
 def _facts(engine: EngineOptions) -> dict[str, str]:

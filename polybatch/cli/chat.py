@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Protocol
 
 import typer
 from rich.console import Console
 
 from polybatch.cli.options import EngineOptions, with_engine
+from polybatch.cli.remote import RemoteModel, api_key_of, refuse_engine_flags
 from polybatch.errors import RequestError
 from polybatch.request import SamplingParams
 
@@ -35,6 +37,13 @@ def chat(
     max_tokens: Annotated[
         int | None, typer.Option(help="Longest answer; default what the model allows.")
     ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Talk to a running server; --model is then a name that it knows."),
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="For --server; better in the environment, as POLYBATCH_API_KEY.")
+    ] = None,
 ) -> None:
     """Chat with the model. Type /help for what else there is."""
     from polybatch.cli.engines import open_core
@@ -42,27 +51,65 @@ def chat(
     is_terminal = sys.stdin.isatty()
     console = Console(stderr=True, highlight=False)
     params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
-    with open_core(engine, console, quiet=not is_terminal) as core:
-        talk = Conversation(core, params, tuple(engine.adapters()), system)
+    with ExitStack() as stack:
+        if server is None:
+            model, adapters = engine.chosen_model(), tuple(engine.adapters())
+            core = stack.enter_context(open_core(engine, console, quiet=not is_terminal))
+            answers: Answers = CoreModel(core, params)
+        else:
+            refuse_engine_flags(engine, ("model", "model_name"))
+            wanted = engine.chosen_model() if engine.model or engine.model_name else None
+            remote = stack.enter_context(closing(RemoteModel(server, api_key_of(api_key), wanted, params)))
+            model, adapters, answers = remote.model, remote.adapters, remote
+        talk = Conversation(answers, adapters, system)
         if is_terminal:
             names = ", ".join(talk.adapters) or "none"
-            console.print(f"{engine.chosen_model()}, adapters: {names}. /help lists commands.", markup=False)
+            console.print(f"{model}, adapters: {names}. /help lists commands.", markup=False)
         _converse(talk, is_terminal)
+
+
+class Answers(Protocol):
+    """Whoever answers."""
+
+    def __call__(self, messages: Sequence[dict[str, str]], adapter: str | None) -> Generator[str, None, None]:
+        """Pieces of the answer; left early, it is stopped. Raises RequestError."""
+        ...
+
+
+class CoreModel:
+    """Answers of an engine in this process."""
+
+    def __init__(self, core: EngineCore, params: SamplingParams) -> None:
+        self._core, self._params = core, params
+        self._ids = itertools.count()
+
+    def __call__(self, messages: Sequence[dict[str, str]], adapter: str | None) -> Generator[str, None, None]:
+        request_id, shown = f"chat-{next(self._ids)}", ""
+        prompt = self._core.encode_chat(messages)
+        self._core.add_request(request_id, prompt, self._params, adapter, stream=True)
+        try:
+            while self._core.has_work():
+                for output in self._core.step():
+                    answer = output.outputs[0].text
+                    yield answer[len(shown) :]
+                    shown = answer
+                    if output.error is not None:
+                        raise RequestError(output.error)
+        finally:
+            self._core.abort(request_id)
 
 
 @dataclass
 class Conversation:
     """Messages so far and the adapter in use."""
 
-    core: EngineCore
-    params: SamplingParams
+    answers: Answers
     adapters: tuple[str, ...]
     system: str | None = None
     adapter: str | None = None
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._ids = itertools.count()
         self.reset()
 
     def reset(self) -> None:
@@ -71,27 +118,22 @@ class Conversation:
     def ask(self, text: str, show: Callable[[str], None]) -> None:
         """Answer a message, showing pieces of text as they come. Ctrl-C keeps what came.
 
-        Raises RequestError, and forgets the message, if the conversation no longer fits.
+        Raises RequestError, and forgets the message, if it cannot be answered, for example because the
+        conversation no longer fits.
         """
         self.messages.append({"role": "user", "content": text})
-        request_id, shown = f"chat-{next(self._ids)}", ""
+        shown: list[str] = []
+        pieces = self.answers(self.messages, self.adapter)
         try:
-            prompt = self.core.encode_chat(self.messages)
-            self.core.add_request(request_id, prompt, self.params, self.adapter, stream=True)
+            for piece in pieces:
+                show(piece)
+                shown.append(piece)
+        except KeyboardInterrupt:
+            pieces.close()
         except RequestError:
             self.messages.pop()
             raise
-        try:
-            while self.core.has_work():
-                for output in self.core.step():
-                    answer = output.outputs[0].text
-                    show(answer[len(shown) :])
-                    shown = answer
-                    if output.error is not None:
-                        raise RequestError(output.error)
-        except KeyboardInterrupt:
-            self.core.abort(request_id)
-        self.messages.append({"role": "assistant", "content": shown})
+        self.messages.append({"role": "assistant", "content": "".join(shown)})
 
     def command(self, line: str) -> str | None:
         """Carry out a line that begins with a slash; returns what to say, or None to leave."""
