@@ -9,7 +9,7 @@ SCRIPT = """
 import importlib, pkgutil, sys
 
 sys.modules["torch"] = None
-names = ["polybatch.request", "polybatch.config", "polybatch.errors"]
+names = ["polybatch.request", "polybatch.mixture", "polybatch.config", "polybatch.errors"]
 for room in ("polybatch.scheduling", "polybatch.memory"):
     package = importlib.import_module(room)
     names += [f"{room}.{module.name}" for module in pkgutil.iter_modules(package.__path__)]

@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from polybatch.cli.main import main
+from polybatch.server.key_file import add_key
 
 
 def free_port() -> int:
@@ -84,6 +85,27 @@ def test_sigterm_lets_running_requests_end(tmp_path: Path) -> None:
             assert "shutting down" in json.loads(stopped[-2].removeprefix("data: "))["error"]["message"]
             assert stopped[-1] == "data: [DONE]"
         assert process.wait(30) == 0
+
+
+def test_sighup_reads_keys_again(tmp_path: Path) -> None:
+    path = tmp_path / "keys.txt"
+    old = add_key(path, "acme")
+    with command("--model", "stub", "--api-keys", str(path)) as (process, url):
+
+        def status(key: str) -> int:
+            return httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code
+
+        assert status(old) == 200
+        path.unlink()
+        new = add_key(path, "acme")
+        assert status(new) == 401
+        process.send_signal(signal.SIGHUP)
+        for _ in range(100):
+            if status(new) == 200:
+                break
+            time.sleep(0.05)
+        assert [status(new), status(old)] == [200, 401]
+        assert process.poll() is None
 
 
 def test_what_cannot_be_served_is_said_in_one_line(tmp_path: Path) -> None:
