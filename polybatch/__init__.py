@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     )
     from polybatch.mixture import Mixture
     from polybatch.request import CompletionOutput, FinishReason, Logprob, RequestOutput, SamplingParams
+    from polybatch.structured.spec import StructuredSpec
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "LLM": "polybatch.engine.llm",
     "Mixture": "polybatch.mixture",
+    "StructuredSpec": "polybatch.structured.spec",
     **dict.fromkeys(
         ("SamplingParams", "RequestOutput", "CompletionOutput", "FinishReason", "Logprob"),
         "polybatch.request",
@@ -50,6 +52,7 @@ __all__ = [
     "RequestError",
     "RequestOutput",
     "SamplingParams",
+    "StructuredSpec",
 ]
 
 

@@ -95,6 +95,14 @@ def serve(
         list[str] | None,
         typer.Option(rich_help_panel=_ACCESS, help="Host header to accept besides localhost, without keys."),
     ] = None,
+    tool_call_parser: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=_HTTP,
+            help="How the model writes tool calls: hermes, llama3_json or mistral. Default: by its template.",
+        ),
+    ] = None,
+    enable_auto_tool_choice: Annotated[bool, typer.Option(hidden=True)] = True,
     max_num_queued_reqs: Annotated[
         int, typer.Option(rich_help_panel=_LIMITS, help="Completions that may wait; more get status 429.")
     ] = 1024,
@@ -171,7 +179,8 @@ def serve(
     server = ServerConfig(
         served_model_names=names, host=host, port=port, api_keys=tuple(keys),
         admin_api_keys=tuple(admin_api_key or ()), adapter_roots=tuple(adapter_root or ()),
-        allowed_hosts=tuple(allowed_host or ()), max_num_queued_reqs=max_num_queued_reqs,
+        allowed_hosts=tuple(allowed_host or ()), tool_call_parser=tool_call_parser,
+        max_num_queued_reqs=max_num_queued_reqs,
         max_num_queued_tokens=max_num_queued_tokens, max_body_bytes=max_body_bytes, max_n=max_n,
         max_logprobs=max_logprobs, max_stop_strings=max_stop_strings, drain_timeout_s=drain_timeout,
         api_keys_file=api_keys, tenants_file=tenants, max_buffered_bytes=max_buffered_bytes,

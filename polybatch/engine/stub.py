@@ -1,7 +1,8 @@
 """The model `stub`: the real engine over an executor without a model.
 
 Instant, deterministic nonsense with one token per byte, any adapter name welcome. It tries out files, flags
-and pipelines; `stub:step_s=0.02,num_pages=64` makes steps last and memory short.
+and pipelines; `stub:step_s=0.02,num_pages=64` makes steps last and memory short, `stub:script=1` lets prompts
+write the answers.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from polybatch.engine.core import EngineCore
 from polybatch.errors import AdapterError, ConfigError, RequestError
 from polybatch.execution.fake import ByteTokenizer, FakeExecutor
 from polybatch.request import AdapterRef
-from polybatch.scheduling.plan import StepPlan
+from polybatch.scheduling.plan import LogitRows, StepPlan
 from polybatch.scheduling.scheduler import Scheduler
 
 STUB_MODEL = "stub"
 STUB_POOL = PoolSpec(num_pages=32_768, page_size=16, page_bytes=128, num_layers=1)
 STUB_MODEL_LEN = 8_192
 STUB_BATCHED_TOKENS = 2_048
+SCRIPT_LOGIT = 1_000.0
 
 
 def is_stub(model: str) -> bool:
@@ -45,7 +47,7 @@ def stub_core(
     seed: int = 0,
 ) -> EngineCore:
     """The real loop and scheduler over `FakeExecutor`. Raises ConfigError for unknown options."""
-    step_s, num_pages = _options(model)
+    step_s, num_pages, is_scripted = _options(model)
     config = SchedulerConfig(
         max_num_batched_tokens=max_num_batched_tokens or STUB_BATCHED_TOKENS,
         max_num_seqs=max_num_seqs,
@@ -55,6 +57,8 @@ def stub_core(
     )
     pool = PoolSpec(num_pages, STUB_POOL.page_size, STUB_POOL.page_bytes, STUB_POOL.num_layers)
     executor = SlowExecutor(pool, step_s) if step_s else FakeExecutor(pool=pool)
+    if is_scripted:
+        executor = ScriptedExecutor(pool, step_s)
     store = StubAdapters(adapters or {})
     return EngineCore(
         executor,
@@ -66,18 +70,18 @@ def stub_core(
     )
 
 
-def _options(model: str) -> tuple[float, int]:
-    """Seconds per step and pages of the pool, from `stub:step_s=0.02,num_pages=64`."""
-    values = {"step_s": 0.0, "num_pages": float(STUB_POOL.num_pages)}
+def _options(model: str) -> tuple[float, int, bool]:
+    """Seconds per step, pages, whether it is scripted, from `stub:step_s=0.02,num_pages=64,script=1`."""
+    values = {"step_s": 0.0, "num_pages": float(STUB_POOL.num_pages), "script": 0.0}
     for option in filter(None, model.removeprefix(STUB_MODEL).removeprefix(":").split(",")):
         name, _, value = option.partition("=")
         try:
-            values[name] = {"step_s": float, "num_pages": int}[name](value)
+            values[name] = {"step_s": float, "num_pages": int, "script": int}[name](value)
         except (KeyError, ValueError):
             raise ConfigError(
-                f"the stub's option is {option!r}; it must be step_s=SECONDS or num_pages=COUNT"
+                f"the stub's option is {option!r}; it must be step_s=SECONDS, num_pages=COUNT or script=1"
             ) from None
-    return values["step_s"], int(values["num_pages"])
+    return values["step_s"], int(values["num_pages"]), bool(values["script"])
 
 
 class SlowExecutor(FakeExecutor):
@@ -90,6 +94,24 @@ class SlowExecutor(FakeExecutor):
     def forward(self, plan: StepPlan, adapters: Mapping[str, AdapterWeights]) -> torch.Tensor:
         time.sleep(self._step_s)
         return super().forward(plan, adapters)
+
+
+class ScriptedExecutor(SlowExecutor):
+    """A stub that wants to say what its prompt has last between the bytes 2 and 3, and then to end."""
+
+    def forward(self, plan: StepPlan, adapters: Mapping[str, AdapterWeights]) -> torch.Tensor:
+        logits = super().forward(plan, adapters)
+        row = 0
+        for chunk in plan.chunks:
+            row += {LogitRows.NONE: 0, LogitRows.LAST: 1, LogitRows.ALL: chunk.n_new}[chunk.logits]
+            if chunk.logits is LogitRows.NONE:
+                continue
+            seq = chunk.seq
+            prompt = bytes(token for token in seq.tokens[: seq.num_prompt] if token < 256)
+            script = [*prompt.rpartition(b"\2")[2].partition(b"\3")[0], ByteTokenizer.eos_token_id]
+            said = min(chunk.start + chunk.n_new - seq.num_prompt, len(script) - 1)
+            logits[row - 1, script[said]] += SCRIPT_LOGIT
+        return logits
 
 
 class StubAdapters:

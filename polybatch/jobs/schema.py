@@ -16,6 +16,7 @@ from typing import Any
 
 from polybatch.errors import RequestError
 from polybatch.jobs.structured_fields import STRUCTURED_FIELDS, structured_spec
+from polybatch.jobs.tool_messages import tool_fields
 from polybatch.request import SamplingParams
 
 MAX_TOP_LOGPROBS = 20
@@ -43,7 +44,7 @@ class Call:
     endpoint: Endpoint
     model: str
     params: SamplingParams
-    messages: tuple[dict[str, str], ...] = ()
+    messages: tuple[dict[str, Any], ...] = ()
     prompts: tuple[str | tuple[int, ...], ...] = ()
 
     @property
@@ -91,7 +92,8 @@ _REFUSED = frozenset(
      "use_beam_search", "early_stopping", "detokenize")
 )  # fmt: skip
 
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant",
+          "tool": "tool"}  # fmt: skip
 
 
 def parse_call(endpoint: Endpoint, body: object) -> Call:
@@ -204,7 +206,7 @@ def _logit_bias(value: object) -> dict[int, float]:
     return biases
 
 
-def _messages(value: object) -> tuple[dict[str, str], ...]:
+def _messages(value: object) -> tuple[dict[str, Any], ...]:
     if not isinstance(value, list) or not value:
         raise RequestError(
             f"messages is {_show(value)}; it must be a list of at least one message", field="messages"
@@ -212,18 +214,20 @@ def _messages(value: object) -> tuple[dict[str, str], ...]:
     return tuple(_message(message, f"messages[{i}]") for i, message in enumerate(value))
 
 
-def _message(message: object, where: str) -> dict[str, str]:
+def _message(message: object, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise RequestError(f"{where} is {_show(message)}; it must be an object", field=where)
     fields = {name: value for name, value in message.items() if value is not None}
-    for name in fields.keys() - {"role", "content", "name"}:
+    for name in fields.keys() - {"role", "content", "name", "tool_calls", "tool_call_id"}:
         raise RequestError(f"{where}.{name} is not supported: remove it", field=f"{where}.{name}")
     role = fields.get("role")
     if not isinstance(role, str) or role not in _ROLES:
         raise RequestError(
             f"{where}.role is {_show(role)}; supported are {', '.join(_ROLES)}", field=f"{where}.role"
         )
-    result = {"role": _ROLES[role], "content": _content(fields.get("content"), f"{where}.content")}
+    result = {"role": _ROLES[role], **tool_fields(fields, where)}
+    content = fields.get("content", "" if "tool_calls" in result else None)
+    result["content"] = _content(content, f"{where}.content")
     if "name" in fields:
         if not isinstance(fields["name"], str):
             raise RequestError(f"{where}.name must be a string", field=f"{where}.name")

@@ -15,6 +15,7 @@ from polybatch.request import Logprob
 from polybatch.server.call import ServerCall
 from polybatch.server.echo import EchoedPrompt
 from polybatch.server.streams import DONE, event
+from polybatch.server.tools.answer import ToolStream, finish_reason, tool_stream
 
 
 class ChunkWriter:
@@ -45,6 +46,7 @@ class ChunkWriter:
         self._num_completion = 0
         self._offsets: dict[int, int] = {}
         self._is_started: set[int] = set()
+        self._tools: dict[int, ToolStream | None] = {}
 
     def write(self, index: int, delta: RequestDelta) -> bytes:
         """Events of what a prompt's request gained; empty where that cannot be seen yet."""
@@ -99,12 +101,16 @@ class ChunkWriter:
         call = self._call
         number = index * call.call.params.n + change.index
         text = "" if call.is_prompt_only else change.text
-        is_silent = not text and change.finish_reason is None
+        tools = self._tools.setdefault(number, tool_stream(call))
+        delta = {"content": text} if text or change.finish_reason is None else {}
+        if tools is not None:
+            delta = tools.delta(text, is_last=change.finish_reason is not None)
+        is_silent = not (delta if tools is not None else text) and change.finish_reason is None
         if is_silent and (call.call.params.logprobs is None or call.is_prompt_only):
             return None
         choice: dict[str, Any] = {"index": number}
         if call.is_chat:
-            choice["delta"] = {"content": text} if text or change.finish_reason is None else {}
+            choice["delta"] = delta
             choice["logprobs"] = chat_logprobs(call.call, change)
         else:
             offset = self._offsets.get(number, 0)
@@ -114,7 +120,7 @@ class ChunkWriter:
             )
             self._offsets[number] = offset + len(text)
         reason = change.finish_reason
-        choice["finish_reason"] = None if reason is None else reason.value
+        choice["finish_reason"] = None if reason is None else finish_reason(reason.value, tools)
         if change.stop_reason is not None:
             choice["stop_reason"] = change.stop_reason
         return choice

@@ -7,12 +7,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from polybatch.errors import ConfigError
+from polybatch.server.tools.styles import check_style
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
     """Settings of the HTTP side.
 
+    tool_call_parser: how the model writes tool calls, None to go by its chat template.
     served_model_names: what `model` may say for the base model; answers to `/v1/models` begin with the first.
     api_keys: one of them is needed for every route but liveness, if there are any. admin_api_keys: for routes
     that change the server; without one these are closed. api_keys_file, tenants_file: keys and limits of
@@ -37,6 +39,7 @@ class ServerConfig:
     tenants_file: Path | None = None
     adapter_roots: tuple[Path, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
+    tool_call_parser: str | None = None
     max_num_queued_reqs: int = 1024
     max_num_queued_tokens: int = 1_000_000
     max_body_bytes: int = 8 << 20
@@ -57,6 +60,8 @@ class ServerConfig:
     drain_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
+        if self.tool_call_parser is not None:
+            check_style(self.tool_call_parser)
         if not self.served_model_names or not all(self.served_model_names):
             raise ConfigError("served_model_names is empty; the base model needs a name")
         for field in fields(self):

@@ -24,6 +24,7 @@ from polybatch.server.call import ServerCall
 from polybatch.server.errors import HttpError, unavailable
 from polybatch.server.names import adapter_of
 from polybatch.server.state import ServerState
+from polybatch.server.tools.answer import with_tools
 
 logger = logging.getLogger("polybatch.server")
 
@@ -154,6 +155,7 @@ async def prepare(state: ServerState, call: ServerCall, caller: Caller) -> Gener
         base_names=state.config.served_model_names,
         adapters=state.tenants.visible(caller.tenant, llm.adapter_paths),
     )
+    call = with_tools(call, state.config.tool_call_parser, llm.tokenizer)
     prompts: Sequence[str | tuple[int, ...]] = (
         (await render(state, call.call.messages, call.template),) if call.is_chat else call.call.prompts
     )
@@ -199,7 +201,7 @@ async def encode(state: ServerState, text: str, add_special_tokens: bool) -> lis
     return await state.llm.encode(text, add_special_tokens)
 
 
-async def render(state: ServerState, messages: Sequence[dict[str, str]], variables: dict[str, Any]) -> str:
+async def render(state: ServerState, messages: Sequence[dict[str, Any]], variables: dict[str, Any]) -> str:
     """Prompt text of a conversation. Raises RequestError.
 
     In a thread, because a template may take its time.

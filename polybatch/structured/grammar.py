@@ -30,6 +30,7 @@ MAX_CACHED = 256
 MAX_LEXER_STATES = 20_000
 """One to two kilobytes each."""
 MAX_ERROR_CHARS = 400
+NUM_TRIED_TOKENS = 4
 
 WHITESPACE = r"( |\n[ \t]{0,32})?"
 """Between JSON's tokens: nothing, a space, or a line break with its indentation. Small models otherwise
@@ -135,13 +136,9 @@ class GrammarCompiler:
         limits = llguidance.LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
         tokenizer = self._llguidance_tokenizer()
         matcher = llguidance.LLMatcher(tokenizer, _as_llguidance(spec), log_level=0, limits=limits)
-        if not matcher.is_error():
-            # Much is only built when it is first looked at.
-            matcher.deep_copy().compute_bitmask()
-        if matcher.is_error():
-            raise RequestError(
-                f"{spec.kind} cannot be used: {_first_lines(matcher.get_error())}", field=spec.kind
-            )
+        reason = matcher.get_error() or _try_out(matcher.deep_copy())
+        if reason:
+            raise RequestError(f"{spec.kind} cannot be used: {_first_lines(reason)}", field=spec.kind)
         return Grammar(matcher)
 
     def _llguidance_tokenizer(self) -> llguidance.LLTokenizer:
@@ -160,6 +157,17 @@ class GrammarCompiler:
                 )
                 wrapper.tokenizer = self._tokenizer
             return self._tokenizer
+
+
+def _try_out(matcher: llguidance.LLMatcher) -> str:
+    """Why the first tokens of an output cannot be followed; much is only built when it is first looked at."""
+    for _ in range(NUM_TRIED_TOKENS):
+        mask = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+        allowed = np.flatnonzero(np.unpackbits(mask, bitorder="little"))
+        if matcher.is_error() or matcher.is_stopped() or not len(allowed):
+            break
+        matcher.consume_token(int(allowed[0]))
+    return matcher.get_error()
 
 
 class _Wrapper:

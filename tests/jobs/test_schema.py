@@ -112,7 +112,13 @@ def test_fields_that_ask_for_what_happens_anyway_are_accepted() -> None:
         (CHAT, {"messages": []}, "messages"),
         (CHAT, {"messages": "hi"}, "messages"),
         (CHAT, {"messages": ["hi"]}, "messages[0]"),
-        (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        (CHAT, {"messages": [{"role": "function", "content": "x"}]}, "messages[0].role"),
+        (CHAT, {"messages": [*HELLO, {**HELLO[0], "tool_call_id": "1"}]}, "messages[1].tool_call_id"),
+        (
+            CHAT,
+            {"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]},
+            "messages[0].tool_calls[0]",
+        ),
         (CHAT, {"messages": [{"role": "user"}]}, "messages[0].content"),
         (CHAT, {"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, "messages[0].tool_calls"),
         (

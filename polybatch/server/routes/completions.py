@@ -25,6 +25,7 @@ from polybatch.server.generation import Generation, prepare
 from polybatch.server.openapi import json_body
 from polybatch.server.state import ServerState, state_of
 from polybatch.server.streams import DONE, EventStream, event, unless_gone
+from polybatch.server.tools.answer import add_tool_calls
 
 router = APIRouter(tags=["generation"])
 
@@ -71,6 +72,7 @@ def whole_answer(
     answer = response_body(call.call, outputs, **identity)
     if call.echo:
         add_echo(answer, call, _prompts(state, call, generation), outputs)
+    add_tool_calls(answer, call)
     return answer
 
 
@@ -80,7 +82,7 @@ async def _stream(
     """Begin to answer once there is something to say, so that an early failure has its own status."""
     prefix = "chatcmpl-" if call.is_chat else "cmpl-"
     identity = identity | {"response_id": prefix + identity["response_id"]}
-    writer = ChunkWriter(call, _prompts(state, call, generation), **identity)
+    writer = ChunkWriter(generation.call, _prompts(state, call, generation), **identity)
     generation.submit()
     deltas = generation.deltas()
     try:
