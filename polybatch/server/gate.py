@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from polybatch.server.auth import Caller, Keys
 from polybatch.server.body_budget import BodyBudget, BodyLease
+from polybatch.server.browsers import browser_caller, is_for_browsers
 from polybatch.server.config import ServerConfig
 from polybatch.server.errors import HttpError, error_response
 
@@ -77,6 +78,8 @@ class Gate:
         if path in OPEN_PATHS:
             return Caller()
         authorization = headers.get("authorization")
+        if is_for_browsers(path):
+            return browser_caller(self._keys, authorization)
         return self._keys.caller_of(authorization)
 
 

@@ -20,6 +20,7 @@ from polybatch.errors import ConfigError
 from polybatch.server.app import create_app
 from polybatch.server.batches.service import BatchService
 from polybatch.server.config import ServerConfig
+from polybatch.server.logs import report_status
 from polybatch.server.protocol import limited_to
 from polybatch.server.state import ServerState
 
@@ -95,10 +96,12 @@ async def serve(llm: AsyncLLM, config: ServerConfig) -> int:
         server = DrainingServer(state)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload_tenants, state)
         failed = asyncio.create_task(_stop_when_failed(llm, server))
+        reporting = asyncio.create_task(report_status(state.view))
         logger.info("serving %s on http://%s:%d", config.served_model_names[0], config.host, config.port)
         await server.serve()
         is_failed = failed.done()
         failed.cancel()
+        reporting.cancel()
     return FAILED_STATUS if is_failed else 0
 
 

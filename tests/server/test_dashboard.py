@@ -202,7 +202,7 @@ def test_the_page_shows_the_engine_in_a_browser(busy: RunningServer, scheme: str
         page.click("#pause")
         api.expect(page.locator("#requests li")).to_have_count(num_shown + 1)
         page.set_viewport_size({"width": 420, "height": 800})
-        assert page.evaluate("document.documentElement.scrollWidth") <= 420
+        page.wait_for_function("document.documentElement.scrollWidth <= 420")
         label = page.locator("#pages").get_attribute("aria-label")
         assert label is not None
         assert "free" in label

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -203,3 +206,16 @@ def test_buckets_are_cumulative_and_end_with_the_count(values: list[float]) -> N
         "+Inf": len(values),
     }
     assert histogram.sum == pytest.approx(sum(values))
+
+
+def test_the_grafana_dashboard_asks_only_for_metrics_that_exist(served: RunningServer) -> None:
+    board = json.loads((Path(__file__).parents[2] / "grafana" / "polybatch.json").read_text())
+    asked = {
+        name
+        for panel in board["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"(?:vllm:|polybatch_|http_)\w+", target["expr"])
+    }
+    samples = {sample.name for family in scrape(served).values() for sample in family.samples}
+    assert len(asked) > 20
+    assert asked <= samples

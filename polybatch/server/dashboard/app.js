@@ -124,7 +124,7 @@ function parts(phase, names) {
   if (base) found.unshift({ name: BASE, colour: colour("c0"), values: steps.map(of("")) });
   if (others.length) {
     const rest = (step) => others.reduce((total, name) => total + of(name)(step), 0);
-    found.push({ name: `${others.length} others`, colour: colour("c8"), values: steps.map(rest) });
+    found.push({ name: others.length === 1 ? "1 other" : `${others.length} others`, colour: colour("c8"), values: steps.map(rest) });
   }
   return found;
 }

@@ -7,7 +7,7 @@ export const number = new Intl.NumberFormat("en");
 
 // Room for half a bar at both ends, and the same edges in all charts over steps.
 const STEP_SCALE = { time: false, range: (_, low, high) => [low - 0.6, high + 0.6] };
-const PADDING = [8, 12, 0, 0];
+const PADDING = [8, 12, 8, 0];
 const WHOLE = [...Array(12).keys()].flatMap((power) => [1, 2, 5].map((digit) => digit * 10 ** power));
 
 export function colour(name) {
