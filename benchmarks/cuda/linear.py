@@ -21,7 +21,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -50,31 +50,18 @@ LAYERS_TIMED = 4
 CHECKED_TOKENS = (1, 3, 16, 17, 33, 64, 100, 128, 200, 512, 700)
 COLD_BYTES = 200 << 20
 Run = Callable[[torch.Tensor], object]
-# Tile of tokens -> tiles of rows, warps, stages, columns, whether scaled.
-TILES: dict[int, tuple[tuple[int, int, int, int, bool], ...]] = {
-    16: ((64, 4, 3, 64, False), (64, 4, 4, 64, False), (128, 4, 4, 64, False), (128, 8, 4, 64, False)),
-    32: ((64, 4, 3, 64, False), (64, 4, 4, 64, False), (128, 8, 3, 64, False), (128, 8, 4, 64, False)),
-    64: (
-        (64, 4, 3, 64, False),
-        (64, 4, 4, 32, True),
-        (128, 8, 3, 32, True),
-        (128, 8, 4, 32, True),
-        (256, 8, 4, 32, True),
-        (256, 16, 4, 32, True),
-    ),
-    128: (
-        (64, 4, 3, 32, True),
-        (128, 8, 4, 16, True),
-        (128, 8, 4, 32, True),
-        (256, 8, 3, 32, True),
-        (256, 16, 3, 32, True),
-        (256, 16, 4, 32, True),
-    ),
-    256: ((128, 8, 3, 32, True),),
+# Tile of tokens -> tiles of rows, warps, stages, whether scaled. With 8 tokens or 2 warps each warp
+# multiplies by itself (mma.sync), with no wait for the other three; 8 tokens also halve what is copied of x.
+TILES: dict[int, tuple[tuple[int, int, int, bool], ...]] = {
+    8: ((64, 4, 3, False), (64, 4, 4, False), (32, 2, 3, False), (64, 2, 3, False)),
+    16: ((64, 4, 3, False), (32, 2, 3, False), (64, 2, 3, False)),
+    32: ((64, 4, 3, False), (64, 4, 4, False), (128, 8, 3, False)),
+    64: ((64, 4, 3, False), (128, 8, 3, False), (128, 8, 3, True)),
+    128: ((128, 8, 4, True), (256, 8, 3, True)),
 }
-PROGRAMS = (0, 132, 264, 396, 528)
+PROGRAMS = (0, 132, 264, 396, 528, 1056)
 """Wanted in all; the inputs are split to come near. 0: not split."""
-PREFETCH_MIB = (0, 8, 32)
+PREFETCH_MIB = (0, 4, 8)
 """Tried with the best configuration, besides the usual one."""
 
 
@@ -102,7 +89,7 @@ class Case:
 CASES = (
     Case(6144, 4096, 128, False, torch.bfloat16, (3, 17, 33, 128, 200)),
     Case(4096, 14336, 128, False, torch.bfloat16),
-    Case(520, 1096, 128, True, torch.bfloat16, (33, 128)),
+    Case(520, 1096, 128, True, torch.bfloat16, (3, 33, 128)),
     Case(1000, 648, None, False, torch.float16),
     Case(392, 2056, 256, True, torch.float16),
 )
@@ -110,20 +97,21 @@ CASES = (
 
 def candidates(tokens: int, layout: Int4Layout) -> list[Int4Config]:
     """The grid for a number of tokens, without repetitions."""
-    if tokens > 128:
-        sizes: Iterable[int] = (128, 256)
-    else:
-        sizes = (next(size for size in TILES if size >= tokens),)
+    tile = next((size for size in TILES if size >= tokens), 128)
+    sizes = {8: (8, 16), 128: (64, 128)}.get(tile, (tile,))
+    prefetch = 8 if tokens <= 32 else 0
     found: dict[Int4Config, None] = {}
     for block_m in sizes:
-        for block_out, warps, stages, columns, is_scaled in TILES[block_m]:
+        for block_out, warps, stages, is_scaled in TILES[block_m]:
             if layout.rows % block_out:
                 continue
             programs = layout.rows // block_out * -(-tokens // block_m)
             for wanted in PROGRAMS if tokens <= 128 else (0,):
                 split = max(1, min(round(wanted / programs), layout.k_tiles // 2, 8))
-                config = Int4Config(block_m, block_out, split, warps, stages, columns, is_scaled)
-                found[replace(config, max_registers=128 if columns == 16 else None)] = None
+                config = Int4Config(
+                    block_m, block_out, split, warps, stages, is_scaled, tokens <= 64, prefetch
+                )
+                found[config] = None
     return list(found)
 
 
@@ -250,7 +238,7 @@ def compile_all() -> None:
             linear = Int4Linear(random_layout(num_out, inputs), workspace)
             x = torch.empty(256, inputs, device="cuda", dtype=torch.bfloat16)
             out = torch.empty(256, num_out, device="cuda", dtype=torch.bfloat16)
-            for tokens in (16, 32, 64, 128, 256):
+            for tokens in (1, 16, 32, 64, 128, 256):
                 for config in candidates(tokens, linear.layout):
                     linear.compile_fused(x[:tokens], out[:tokens], config)
 
@@ -311,8 +299,8 @@ class Shape:
         timings = self._time(kinds, tokens, y, repeats)
         best = min((t for t in timings if t.kind == "int4"), key=lambda t: t.us).config
         assert best is not None
-        variants = [replace(best, is_dependent=False), best]
-        variants += [replace(best, prefetch_mib=mib) for mib in PREFETCH_MIB]
+        variants = [replace(best, is_dependent=False)]
+        variants += [replace(best, is_dependent=True, prefetch_mib=mib) for mib in PREFETCH_MIB]
         again: dict[tuple[str, Int4Config | None], list[Run]] = {
             ("variant", v): [fused(linear, x, v) for linear in self.int4[few]] for v in variants
         }
@@ -363,13 +351,14 @@ def num_bytes(shape: str, tokens: int) -> float:
 def describe(timing: Timing) -> str:
     c = timing.config
     assert c is not None
-    tile = f"{c.block_m}x{c.block_out}/{c.split} w{c.num_warps} s{c.num_stages} c{c.columns}"
+    tile = f"{c.block_m}x{c.block_out}/{c.split} w{c.num_warps} s{c.num_stages}"
     return f"{tile}{' scaled' if c.is_scaled else ''} {timing.us:.1f}"
 
 
 def as_source(config: Int4Config) -> str:
-    tail = f", {config.columns}, {config.is_scaled}" if config.is_scaled else ""
-    tail += f", max_registers={config.max_registers}" if config.max_registers else ""
+    tail = ", is_scaled=True" if config.is_scaled else ""
+    tail += "" if config.is_dependent else ", is_dependent=False"
+    tail += f", prefetch_mib={config.prefetch_mib}" if config.prefetch_mib else ""
     numbers = (config.block_m, config.block_out, config.split, config.num_warps, config.num_stages)
     return f"Int4Config({', '.join(map(str, numbers))}{tail})"
 
@@ -437,7 +426,7 @@ def main() -> None:
     print(f"{comparison.compared} products held to float64 in {seconds:.0f} s, {len(comparison.wrong)} wrong")
     if comparison.wrong:
         sys.exit("\n".join(comparison.wrong[:40]))
-    tokens_list = (1, 16, 32, 64, 128, 2048) if options.quick else TOKENS + PREFILL_TOKENS
+    tokens_list = (1, 16, 32, 64, 128, 256, 2048) if options.quick else TOKENS + PREFILL_TOKENS
     repeats = 9 if options.quick else 15
     workspace = LinearWorkspace("cuda", torch.bfloat16, max(PREFILL_TOKENS))
     shapes = [Shape(name, workspace) for name in SHAPES]

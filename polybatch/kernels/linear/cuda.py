@@ -199,13 +199,12 @@ class Int4Linear:
             "SCALED": config.is_scaled and layout.is_grouped,
             "ASSEMBLY": not _INTERPRETED,
             "DEPENDENT": is_dependent,
+            "PREFETCHES": is_dependent and config.prefetch_mib > 0,
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
         }
         if is_dependent:
             options["launch_pdl"] = True
-        if config.max_registers is not None:
-            options["maxnreg"] = config.max_registers
         return grid, arguments, options
 
     def forward_widened(self, x: torch.Tensor, out: torch.Tensor) -> None:

@@ -1,9 +1,8 @@
 """How the int4 kernel cuts its work, by shape; measured by benchmarks/cuda/linear.py.
 
-Programs wait for memory together, so all of a launch should be resident at once, evenly loaded. A tile of
-many rows reads x seldom, which rules from 64 tokens on: x then passes through the L2 cache as often as there
-are tiles of rows, and outweighs the weights. Splitting the inputs fills the device where tiles are few, and
-costs a sum over the parts.
+Programs wait for memory together, so all of a launch should be resident at once, evenly loaded. Splitting
+the inputs fills the device where tiles are few, and costs a sum over the parts. From 64 tokens on, x passes
+through the L2 cache as often as there are tiles of rows, and outweighs the weights.
 """
 
 from __future__ import annotations
@@ -17,9 +16,8 @@ _ANY = 1 << 62
 class Int4Config:
     """Tile sizes, parts of the inputs, warps, pipeline stages of int4_linear_kernel.
 
-    columns: of a tile's 64, per step. is_scaled: scales multiply weights, not sums; columns below 64 need it.
-    is_dependent: start while the kernel before ends. prefetch_mib: weights the launch sends for meanwhile.
-    max_registers: per thread; fewer let two programs share a multiprocessor.
+    is_scaled: scales multiply weights, not sums. is_dependent: start while the kernel before ends.
+    prefetch_mib: weights the launch sends for meanwhile.
     """
 
     block_m: int
@@ -27,11 +25,14 @@ class Int4Config:
     split: int
     num_warps: int
     num_stages: int
-    columns: int = 64
     is_scaled: bool = False
     is_dependent: bool = True
-    prefetch_mib: int = 16
-    max_registers: int | None = None
+    prefetch_mib: int = 0
+
+    @property
+    def columns(self) -> int:
+        """Of a tile's 64, in a step."""
+        return 32 if self.is_scaled else 64
 
     @property
     def parts_at_a_time(self) -> int:
@@ -57,47 +58,52 @@ _QKV, _O, _GATE_UP, _DOWN = (6144, 16), (4096, 16), (28672, 16), (4096, 56)
 _CLASSES: tuple[tuple[int, Int4Config, int, dict[tuple[int, int], Int4Config]], ...] = (
     (
         16,
-        Int4Config(16, 64, 1, 4, 4),
-        330,
+        Int4Config(16, 64, 1, 4, 3, prefetch_mib=8),
+        448,
         {
-            _QKV: Int4Config(16, 64, 4, 4, 4),
-            _O: Int4Config(16, 64, 4, 4, 4),
-            _GATE_UP: Int4Config(16, 64, 1, 4, 3),
-            _DOWN: Int4Config(16, 64, 6, 4, 4),
+            _QKV: Int4Config(16, 64, 4, 4, 3, prefetch_mib=8),
+            _O: Int4Config(16, 64, 8, 4, 3, prefetch_mib=8),
+            _GATE_UP: Int4Config(16, 64, 1, 4, 3, prefetch_mib=8),
+            _DOWN: Int4Config(16, 64, 8, 4, 3, prefetch_mib=8),
         },
     ),
     (
         32,
-        Int4Config(32, 64, 1, 4, 4),
-        264,
+        Int4Config(32, 64, 1, 4, 3, prefetch_mib=8),
+        384,
         {
-            _QKV: Int4Config(32, 64, 4, 4, 4),
-            _O: Int4Config(32, 64, 4, 4, 4),
-            _GATE_UP: Int4Config(32, 128, 1, 8, 4),
-            _DOWN: Int4Config(32, 64, 4, 4, 4),
+            _QKV: Int4Config(32, 64, 4, 4, 3, prefetch_mib=8),
+            _O: Int4Config(32, 64, 4, 4, 4, prefetch_mib=8),
+            _GATE_UP: Int4Config(32, 128, 1, 8, 3, prefetch_mib=8),
+            _DOWN: Int4Config(32, 128, 8, 8, 3, prefetch_mib=8),
         },
     ),
     (
         64,
-        Int4Config(64, 128, 1, 8, 4, 32, True),
-        264,
+        Int4Config(64, 64, 1, 4, 3),
+        132,
         {
-            _QKV: Int4Config(64, 128, 4, 8, 4, 32, True),
-            _O: Int4Config(64, 64, 4, 4, 4, 32, True),
-            _GATE_UP: Int4Config(64, 256, 1, 16, 4, 32, True),
-            _DOWN: Int4Config(64, 128, 8, 8, 4, 32, True),
+            _QKV: Int4Config(64, 64, 1, 4, 3),
+            _O: Int4Config(64, 64, 2, 4, 3),
+            _GATE_UP: Int4Config(64, 64, 1, 4, 3),
+            _DOWN: Int4Config(64, 64, 4, 4, 3),
         },
     ),
     (
         128,
-        Int4Config(128, 128, 1, 8, 4, 32, True),
-        132,
+        Int4Config(64, 64, 1, 4, 3, is_dependent=False),
+        264,
         {
-            _QKV: Int4Config(128, 128, 2, 8, 4, 32, True),
-            _O: Int4Config(128, 128, 4, 8, 4, 32, True),
-            _GATE_UP: Int4Config(128, 256, 1, 16, 4, 32, True),
-            _DOWN: Int4Config(128, 128, 4, 8, 4, 32, True),
+            _QKV: Int4Config(64, 128, 1, 8, 3, is_dependent=False),
+            _O: Int4Config(64, 64, 2, 4, 3, is_dependent=False),
+            _GATE_UP: Int4Config(128, 256, 1, 8, 3, is_scaled=True, is_dependent=False),
+            _DOWN: Int4Config(64, 64, 2, 4, 3, is_dependent=False),
         },
     ),
-    (_ANY, Int4Config(128, 256, 1, 16, 4, 32, True), 132, {}),
+    (
+        _ANY,
+        Int4Config(128, 128, 1, 8, 4, is_scaled=True, is_dependent=False),
+        132,
+        {_GATE_UP: Int4Config(128, 256, 1, 8, 3, is_scaled=True, is_dependent=False)},
+    ),
 )

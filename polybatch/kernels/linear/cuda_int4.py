@@ -7,18 +7,19 @@ word holds four weights of one row that are 64 inputs apart, so plane j of a til
 for inputs 64 j .. 64 j + 63 of the tile. A pair of words unpacks into a pair of floats with a shift, an
 OR of an exponent onto the nibble (mantissa n under exponent 2^7 is 128 + n) and a subtraction.
 
-Scales of groups of 128 inputs multiply float32 sums for few tokens. For many that costs more than the
-unpacking, and a second set of sums: there they multiply weights (SCALED), which rounds a weight to 16 bits as
-widening it would. A tile's x is then also large, so that tiles of rows must be large to read it seldom,
-and a step covers COLUMNS = 32 of a tile's 64 columns to keep three stages in shared memory.
+Scales of groups of 128 inputs multiply float32 sums. Tiles of 128 tokens by 256 rows have no registers for
+a second set of sums: there scales multiply weights (SCALED), which rounds a weight to 16 bits as widening it
+would, and a step covers COLUMNS = 32 of a tile's 64 columns to keep three stages in shared memory.
 
 Few tokens leave too few tiles for all multiprocessors, so inputs are split among `split` programs. Each
 writes its sums; the last to arrive adds all in the order of the inputs, so that the result does not depend
 on who that was. Not here: thousands of tokens, for which `Int4Linear` widens the weights into scratch and
 calls cuBLAS.
 
-A program launched early (DEPENDENT) sends for its weights, which depend on nothing, before it waits for the
-kernel that makes x; so memory stays busy while that one ends. It lets its own successor start at once.
+A program launched early (DEPENDENT) waits for the kernel that makes x, then lets its own successor take
+free places. With PREFETCHES it first sends for some weights, which depend on nothing, so that memory stays
+busy while the kernel before ends, and lets its successor do likewise at once. That pays only where programs
+fill the device: a few of them are placed unevenly among those that wait already.
 
 Sources: MARLIN (Frantar et al. 2024) for the offline layout and the unpacking; the exponent trick as in
 Kim et al. 2022 ("Who says elephants can't run").
@@ -232,7 +233,7 @@ def int4_linear_kernel(
     rows,
     k_tiles,
     split,
-    prefetch,  # DEPENDENT: tiles of inputs to send for early
+    prefetch,  # PREFETCHES: tiles of inputs to send for early
     x_stride,
     out_stride,
     BLOCK_M: tl.constexpr,
@@ -247,6 +248,7 @@ def int4_linear_kernel(
     SCALED: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     DEPENDENT: tl.constexpr,
+    PREFETCHES: tl.constexpr,
 ):
     """One tile [BLOCK_OUT, BLOCK_M] of y^T over one of `split` stretches of the inputs."""
     # The interpreter does not multiply 16-bit floats rightly.
@@ -261,7 +263,7 @@ def int4_linear_kernel(
     STEPS: tl.constexpr = 64 // COLUMNS
     first = part * (k_tiles * STEPS) // split
     last = (part + 1) * (k_tiles * STEPS) // split
-    if DEPENDENT:
+    if PREFETCHES:
         thread = tl.arange(0, THREADS)
         # Warps take turns, as a warp sends for one stretch at a time.
         turn = thread // 32 + thread % 32 * (THREADS // 32)
@@ -274,6 +276,9 @@ def int4_linear_kernel(
             _prefetch(scales_ptr + start, early_rows * 4)
         gdc_launch_dependents()
         gdc_wait()
+    elif DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
 
     acc = tl.zeros([BLOCK_OUT, BLOCK_M], tl.float32)
     ones = tl.full([BLOCK_OUT, 64], 1.0, tl.float32).to(dtype)
