@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
@@ -90,6 +91,8 @@ class GrammarChecker:
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "polybatch.structured.worker",
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+            # Threads that numpy starts would take address space, which is limited there.
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         )  # fmt: skip
         assert self._process.stdin is not None
         self._process.stdin.write(frame(vocabulary))

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polybatch.errors import ConfigError, RequestError
+from polybatch.models.loader import load_model
 from polybatch.server.tools.answer import ToolStream
+from polybatch.server.tools.grammar import forced_calls
 from polybatch.server.tools.parser import ToolParser
 from polybatch.server.tools.scanner import Arguments, CallStart, Content
 from polybatch.server.tools.settings import ToolSettings, take_tools
 from polybatch.server.tools.styles import STYLES, check_style, style_of
+from polybatch.structured.grammar import GrammarCompiler, fill_masks
+from polybatch.structured.vocabulary import vocabulary_of
 
 NAMES = {"get_weather", "add"}
 WEATHER = '{"city": "Paris }\\" {", "days": [1, {"x": null}]}'
@@ -178,3 +185,20 @@ def test_tool_choice_says_what_has_to_be_called() -> None:
     assert forced(tool_choice="required") == (("add",), True)
     assert forced(tool_choice={"type": "function", "function": {"name": "add"}}) == (("add",), False)
     assert forced(parallel_tool_calls=False) == ((), False)
+
+
+@pytest.mark.parametrize("mark", ["<|im_start|>", "<mark>"])
+def test_a_forced_call_begins_with_its_mark_be_it_a_token_or_text(real_model: Path, mark: str) -> None:
+    loaded = load_model(str(real_model))
+    spec = loaded.spec
+    compiler = GrammarCompiler(lambda: vocabulary_of(loaded.tokenizer, spec.vocab_size, spec.eos_token_ids))
+    style = replace(STYLES["mistral"], start=mark, opening=f"{mark}[")
+    settings = ToolSettings([], {"add": {"type": "object"}}, ("add",))
+    matcher = compiler.compile(forced_calls(style, settings, loaded.tokenizer)).matcher()
+    masks = np.zeros((1, -(-spec.vocab_size // 32)), dtype=np.int32)
+    fill_masks([matcher], masks)
+    allowed = np.flatnonzero(np.unpackbits(masks.view(np.uint8), bitorder="little"))
+    texts = {loaded.tokenizer.token_text(token) for token in allowed.tolist()}
+    assert texts
+    assert all(mark.startswith(text) for text in texts)
+    assert (texts == {mark}) == (mark == "<|im_start|>")
