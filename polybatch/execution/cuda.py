@@ -286,7 +286,8 @@ class CudaExecutor:
     @torch.no_grad()
     def _warm_up(self) -> None:
         """Compile what mixed steps launch, so that none of them waits for a compiler."""
-        stage, num_rows, is_first = self._mixed, 16, self._ranks.rank == 0
+        is_first = self._ranks.rank == 0
+        stage, num_rows = self._mixed, min(16, *self._limits[:2])
         stage.fields.open()["slots"][:num_rows] = -1
         stage.fields.send()
         rows = stage.fields.on["logit_rows"][: num_rows if is_first else 0]
