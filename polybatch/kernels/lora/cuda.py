@@ -147,7 +147,7 @@ def expand_kernel(
             is_target = is_token[:, None] & is_column[None, :]
             before_it = tl.load(at, mask=is_target, other=0.0).to(tl.float32)
             after = add_tile(before_it, t, is_token, record, n, is_column, h, memory, words, layer,
-                             module, UNIT, BLOCK_R, EXACT)  # fmt: skip
+                             module, UNIT, BLOCK_R, True, EXACT)  # fmt: skip
             tl.store(at, after.to(y.dtype.element_ty), mask=is_target)
 
 

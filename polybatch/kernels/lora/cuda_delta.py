@@ -28,7 +28,7 @@ TILE_STRIDE = tl.constexpr(len(GROUPS) * TILE_FIELDS)
 """From a tile's record to that of the next tile."""
 RECORD_FIRST, RECORD_NUM_TOKENS = tl.constexpr(FIRST), tl.constexpr(NUM_TOKENS)
 _H_START, _RANK, _STRIDE = tl.constexpr(H_START), tl.constexpr(RANK), tl.constexpr(STRIDE)
-_MODULE, _PARTS, _ABSENT = tl.constexpr(MODULE), tl.constexpr(PARTS), tl.constexpr(ABSENT)
+_MODULE, RECORD_PARTS, _ABSENT = tl.constexpr(MODULE), tl.constexpr(PARTS), tl.constexpr(ABSENT)
 _MAX_PARTS = tl.constexpr(MAX_PARTS)
 
 
@@ -47,7 +47,7 @@ def add_rows(
     if b_word != _ABSENT:
         num_tokens = tl.load(record + RECORD_NUM_TOKENS)
         h_rank = tl.load(record + _RANK)
-        num_parts = tl.load(record + _PARTS)
+        num_parts = tl.load(record + RECORD_PARTS)
         rank = tl.load(record + _MODULE + 3 * module + 1)
         h_first = tl.load(record + _H_START) + tl.load(record + _MODULE + 3 * module + 2)
         word = words + b_word + layer * tl.load(record + _STRIDE)
@@ -71,44 +71,96 @@ def add_rows(
 
 
 @triton.jit
+def find_module(record, t, module, h, words, layer):
+    """Where a module of a tile lies: (word of its gain, rows, h of tokens t, from one part of h to the next).
+
+    No branch, so that what follows can be on its way at once. A module without adapter has no rows.
+    """
+    b_word = tl.load(record + _MODULE + 3 * module)
+    is_there = b_word != _ABSENT
+    word = words + tl.where(is_there, b_word + layer * tl.load(record + _STRIDE), 0)
+    rank = tl.where(is_there, tl.load(record + _MODULE + 3 * module + 1), 0)
+    h_rank = tl.load(record + _RANK)
+    first = tl.load(record + _H_START) + tl.load(record + _MODULE + 3 * module + 2)
+    h_rows = h + first.to(tl.int64) + t * h_rank
+    return word, rank, is_there, h_rows, tl.load(record + RECORD_NUM_TOKENS) * h_rank
+
+
+@triton.jit
+def load_h(h_rows, part_stride, num_parts, is_token, rank, low, BLOCK_R: tl.constexpr):
+    """[T, BLOCK_R] float32, the sum of h's parts in their order. Four are on their way at a time."""
+    r = low + tl.arange(0, BLOCK_R)
+    mask = is_token[:, None] & (r < rank)[None, :]
+    at = h_rows[:, None] + r[None, :]
+    value = tl.zeros([h_rows.shape[0], BLOCK_R], dtype=tl.float32)
+    for part in tl.range(0, num_parts, 4, num_stages=1):
+        one = tl.load(at + part * part_stride, mask=mask, other=0.0)
+        two = tl.load(at + (part + 1) * part_stride, mask=mask & (part + 1 < num_parts), other=0.0)
+        three = tl.load(at + (part + 2) * part_stride, mask=mask & (part + 2 < num_parts), other=0.0)
+        four = tl.load(at + (part + 3) * part_stride, mask=mask & (part + 3 < num_parts), other=0.0)
+        value = value + one + two + three + four
+    return value
+
+
+@triton.jit
+def load_starts(word, rank, low, BLOCK_R: tl.constexpr):
+    """[BLOCK_R] int32, where rows of B begin, -1 for those that are missing."""
+    r = low + tl.arange(0, BLOCK_R)
+    return tl.load(word + 2 + r, mask=r < rank, other=-1)
+
+
+@triton.jit
+def load_b(start, n, is_column, memory, UNIT: tl.constexpr):
+    """[R, N], rows of B, 0 for those that are missing."""
+    return tl.load(memory + start.to(tl.int64)[:, None] * UNIT + n[None, :],
+                   mask=(start >= 0)[:, None] & is_column[None, :], other=0.0)  # fmt: skip
+
+
+@triton.jit
+def add_product(y, value, b, EXACT: tl.constexpr):
+    """y + value b in float32. value is split into two 16-bit terms, so that nothing of it is lost."""
+    if EXACT:
+        y = tl.dot(value, b.to(tl.float32), y, input_precision="ieee")
+    else:
+        high = value.to(b.dtype)
+        rest = (value - high.to(tl.float32)).to(b.dtype)
+        y = tl.dot(rest, b, y)
+        y = tl.dot(high, b, y)
+    return y
+
+
+@triton.jit
+def add_remainder(
+    y, word, rank, is_there, h_rows, part_stride, num_parts, is_token, n, is_column, memory,
+    UNIT: tl.constexpr, BLOCK_R: tl.constexpr, IS_LONG: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """What follows the first BLOCK_R rows: the other rows, if there may be any, gain and bias."""
+    if IS_LONG:
+        for low in range(BLOCK_R, rank, BLOCK_R):
+            b = load_b(load_starts(word, rank, low, BLOCK_R), n, is_column, memory, UNIT)
+            value = load_h(h_rows, part_stride, num_parts, is_token, rank, low, BLOCK_R)
+            y = add_product(y, value, b, EXACT)
+    gain_start = tl.load(word, mask=is_there, other=-1)
+    bias_start = tl.load(word + 1, mask=is_there, other=-1)
+    return _scale(y, gain_start, bias_start, memory, n, is_column, UNIT)
+
+
+@triton.jit
 def add_tile(
     y, t, is_token, record, n, is_column, h, memory, words, layer,
-    module, UNIT: tl.constexpr, BLOCK_R: tl.constexpr, EXACT: tl.constexpr,
+    module, UNIT: tl.constexpr, BLOCK_R: tl.constexpr, IS_LONG: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """gain (y + B h) + bias for the tokens t of a tile, on the matrix unit. y: [T, N] float32.
 
-    h is split into two 16-bit terms, so that nothing of it is lost.
+    IS_LONG: whether there may be more than BLOCK_R rows.
     """
-    b_word = tl.load(record + _MODULE + 3 * module)
-    if b_word != _ABSENT:
-        num_tokens = tl.load(record + RECORD_NUM_TOKENS)
-        h_rank = tl.load(record + _RANK)
-        num_parts = tl.load(record + _PARTS)
-        rank = tl.load(record + _MODULE + 3 * module + 1)
-        h_first = tl.load(record + _H_START) + tl.load(record + _MODULE + 3 * module + 2)
-        word = words + b_word + layer * tl.load(record + _STRIDE)
-        gain_start = tl.load(word)
-        bias_start = tl.load(word + 1)
-        h_rows = h + h_first.to(tl.int64) + t[:, None] * h_rank
-        for low in range(0, rank, BLOCK_R):
-            r = low + tl.arange(0, BLOCK_R)
-            start = tl.load(word + 2 + r, mask=r < rank, other=-1)
-            b = tl.load(memory + start.to(tl.int64)[:, None] * UNIT + n[None, :],
-                        mask=(start >= 0)[:, None] & is_column[None, :], other=0.0)  # fmt: skip
-            at = h_rows + r[None, :]
-            is_value = is_token[:, None] & (start >= 0)[None, :]
-            value = tl.load(at, mask=is_value, other=0.0)
-            for part in range(1, num_parts):
-                value += tl.load(at + part * num_tokens * h_rank, mask=is_value, other=0.0)
-            if EXACT:
-                y = tl.dot(value, b.to(tl.float32), y, input_precision="ieee")
-            else:
-                high = value.to(b.dtype)
-                rest = (value - high.to(tl.float32)).to(b.dtype)
-                y = tl.dot(rest, b, y)
-                y = tl.dot(high, b, y)
-        y = _scale(y, gain_start, bias_start, memory, n, is_column, UNIT)
-    return y
+    word, rank, is_there, h_rows, part_stride = find_module(record, t, module, h, words, layer)
+    num_parts = tl.load(record + RECORD_PARTS)
+    b = load_b(load_starts(word, rank, 0, BLOCK_R), n, is_column, memory, UNIT)
+    value = load_h(h_rows, part_stride, num_parts, is_token, rank, 0, BLOCK_R)
+    y = add_product(y, value, b, EXACT)
+    return add_remainder(y, word, rank, is_there, h_rows, part_stride, num_parts, is_token, n, is_column,
+                         memory, UNIT, BLOCK_R, IS_LONG, EXACT)  # fmt: skip
 
 
 @triton.jit

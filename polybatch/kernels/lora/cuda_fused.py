@@ -20,7 +20,7 @@ from polybatch.kernels.lora.cuda import CudaLora
 from polybatch.kernels.lora.cuda_rms_norm import rms_norm_rows, rms_norm_tiles
 from polybatch.kernels.lora.cuda_silu_mul import silu_mul_rows, silu_mul_tiles
 from polybatch.kernels.lora.cuda_write_kv import write_kv_rows, write_kv_tiles
-from polybatch.kernels.lora.work import BLOCK_TOKENS, GROUPS, LEAD_ROWS, WIDE, LoraPlan
+from polybatch.kernels.lora.work import BLOCK_TOKENS, GROUPS, LEAD_ROWS, NARROW, WIDE, LoraPlan
 from polybatch.kernels.norm.cuda import MAX_WIDTH, rms_norm
 from polybatch.kernels.write_kv.cuda import write_kv
 
@@ -29,14 +29,14 @@ QKV, O, GATE_UP, DOWN = range(len(GROUPS))  # noqa: E741
 # Chosen by benchmarks/cuda/lora.py on an H100. Columns of a block, rows of B in a turn for one token and for
 # several, warps.
 SILU_ROWS = (512, 16, 8, 4)
-# Columns of a block, blocks of a program, warps.
-SILU_TILES = (128, 4, 4)
+# Columns of a block, blocks of a program, warps, stages.
+SILU_TILES = (64, 8, 4, 3)
 # Elements of B in a turn for one token and for several, warps for 4,096 columns.
 NORM_ROWS = (1 << 16, 1 << 14, 16)
 SHARED_WIDTH = 4096
-# Columns of a block, tokens, warps.
-NORM_TILES = (256, 16, 4)
-# Heads of a program, rows of B in a turn, warps.
+# Columns of a block, tokens, warps, stages.
+NORM_TILES = (256, 16, 4, 2)
+# Heads of a program, at most LEAD_ROWS, rows of B in a turn, at least 16, warps.
 WRITE_ROWS = (4, 16, 2)
 # float32 would spill with fewer.
 WRITE_TILES_WARPS, WRITE_TILES_WARPS_EXACT = 4, 8
@@ -75,19 +75,22 @@ class FusedLora:
             silu_mul(gate_up[:base], out=out[:base])
         if self._plan.has_rows:
             columns, rank_one, rank_few, warps = SILU_ROWS
-            block = min(columns, triton.next_power_of_2(width))
+            # The matrix unit takes 16 columns at least, of which each of LEAD_ROWS programs has so many.
+            block = max(min(columns, triton.next_power_of_2(width)), 16 * LEAD_ROWS)
             silu_mul_rows[self._num_rows - base, triton.cdiv(width, block)](
                 gate_up[base:], gate_up.stride(0), out[base:], out.stride(0),
                 self._rest, self._rest.stride(0), *common,
                 WIDTH=width, BLOCK=block, UNIT=self._lora.unit, LEAD=LEAD_ROWS, RANK_ONE=rank_one,
-                RANK_FEW=rank_few, num_warps=warps,
+                RANK_FEW=rank_few, BLOCK_T=BLOCK_TOKENS[NARROW], BLOCK_R=TILE_RANK, EXACT=self._lora.is_exact,
+                num_warps=warps,
             )  # fmt: skip
         if self._plan.num_wide:
-            block, num_blocks, warps = SILU_TILES
+            block, num_blocks, warps, stages = SILU_TILES
             silu_mul_tiles[triton.cdiv(width, block * num_blocks), self._plan.num_wide](
                 gate_up, gate_up.stride(0), out, out.stride(0), self._bounds[GATE_UP], *common,
                 WIDTH=width, BLOCK=block, NUM_BLOCKS=num_blocks, UNIT=self._lora.unit,
-                BLOCK_T=BLOCK_TOKENS[WIDE], BLOCK_R=TILE_RANK, EXACT=self._lora.is_exact, num_warps=warps,
+                BLOCK_T=BLOCK_TOKENS[WIDE], BLOCK_R=TILE_RANK, IS_LONG=self._plan.is_long,
+                EXACT=self._lora.is_exact, num_warps=warps, num_stages=stages,
             )  # fmt: skip
 
     def rms_norm(
@@ -130,13 +133,14 @@ class FusedLora:
                 num_warps=min(max(block * most_warps // 4096, 1), 16),
             )  # fmt: skip
         if self._plan.num_wide and rows is None:
-            block, tokens, warps = NORM_TILES
+            block, tokens, warps, stages = NORM_TILES
             pieces = BLOCK_TOKENS[WIDE] // tokens
             rms_norm_tiles[(self._plan.num_wide * pieces,)](
                 x, x.stride(0), residual, residual.stride(0), weight, out, out.stride(0), eps,
                 self._bounds[group], *common,
                 WIDTH=width, BLOCK=block, UNIT=self._lora.unit, BLOCK_T=tokens, PIECES=pieces,
-                BLOCK_R=TILE_RANK, EXACT=self._lora.is_exact, num_warps=warps,
+                BLOCK_R=TILE_RANK, IS_LONG=self._plan.is_long, EXACT=self._lora.is_exact, num_warps=warps,
+                num_stages=stages,
             )  # fmt: skip
 
     def write_kv(
@@ -174,13 +178,14 @@ class FusedLora:
                 qkv[base:], qkv.stride(0), positions[base:], slots[base:],
                 table, kv_pages, kv_pages.stride(0),
                 *extra, self._rest, self._rest.stride(0), *common, **shape, HEADS=block, BLOCK_R=rank,
-                num_warps=warps,
+                BLOCK_T=BLOCK_TOKENS[NARROW], EXACT=self._lora.is_exact, num_warps=warps,
             )  # fmt: skip
         if self._plan.num_wide:
             write_kv_tiles[heads + 2 * kv_heads, self._plan.num_wide](
                 qkv, qkv.stride(0), positions, slots, table, kv_pages, kv_pages.stride(0), *extra,
                 self._bounds[QKV], *common, **shape, BLOCK_T=BLOCK_TOKENS[WIDE], BLOCK_R=TILE_RANK,
-                EXACT=self._lora.is_exact, num_warps=WRITE_TILES_WARPS_EXACT if self._lora.is_exact else WRITE_TILES_WARPS,
+                IS_LONG=self._plan.is_long, EXACT=self._lora.is_exact,
+                num_warps=WRITE_TILES_WARPS_EXACT if self._lora.is_exact else WRITE_TILES_WARPS,
             )  # fmt: skip
         of_heads: torch.Tensor = qkv.unflatten(1, (heads + 2 * kv_heads, dim))
         return of_heads[:, :heads]

@@ -15,9 +15,15 @@ import triton.language as tl
 from polybatch.kernels.lora.cuda_delta import (
     RECORD_FIRST,
     RECORD_NUM_TOKENS,
+    RECORD_PARTS,
     TILE_STRIDE,
+    add_product,
+    add_remainder,
     add_rows,
-    add_tile,
+    find_module,
+    load_b,
+    load_h,
+    load_starts,
 )
 
 
@@ -96,7 +102,7 @@ def rms_norm_tiles(
     x, x_stride, residual, residual_stride, weight, out, out_stride, eps,
     bounds, tiles, h, memory, words, layer,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, BLOCK_T: tl.constexpr,
-    PIECES: tl.constexpr, BLOCK_R: tl.constexpr, EXACT: tl.constexpr,
+    PIECES: tl.constexpr, BLOCK_R: tl.constexpr, IS_LONG: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Grid: PIECES of BLOCK_T tokens of each wide tile."""
     kind = out.dtype.element_ty
@@ -104,16 +110,21 @@ def rms_norm_tiles(
     t = (tl.program_id(0) % PIECES) * BLOCK_T + tl.arange(0, BLOCK_T)
     is_token = t < tl.load(record + RECORD_NUM_TOKENS)
     at = (tl.load(record + RECORD_FIRST) + t).to(tl.int64)[:, None]
+    num_parts = tl.load(record + RECORD_PARTS)
+    word, rank, is_there, h_rows, part_stride = find_module(record, t, 0, h, words, layer)
+    start = load_starts(word, rank, 0, BLOCK_R)
+    value = load_h(h_rows, part_stride, num_parts, is_token, rank, 0, BLOCK_R)
     squares = tl.zeros([BLOCK_T], dtype=tl.float32)
     for low in range(0, WIDTH, BLOCK):
         n = low + tl.arange(0, BLOCK)
         is_column = n < WIDTH
         mask = is_token[:, None] & is_column[None, :]
-        y = tl.load(x + at * x_stride + n[None, :], mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(x + at * x_stride + n[None, :], mask=mask, other=0.0)
         stream = residual + at * residual_stride + n[None, :]
         before = tl.load(stream, mask=mask, other=0.0).to(tl.float32)
-        y = add_tile(y, t, is_token, record, n, is_column, h, memory, words, layer,
-                     0, UNIT, BLOCK_R, EXACT)  # fmt: skip
+        y = add_product(y.to(tl.float32), value, load_b(start, n, is_column, memory, UNIT), EXACT)
+        y = add_remainder(y, word, rank, is_there, h_rows, part_stride, num_parts, is_token, n, is_column,
+                          memory, UNIT, BLOCK_R, IS_LONG, EXACT)  # fmt: skip
         row = (y.to(kind).to(tl.float32) + before).to(kind)
         tl.store(stream, row, mask=mask)
         squares += tl.sum(row.to(tl.float32) * row.to(tl.float32), axis=1)

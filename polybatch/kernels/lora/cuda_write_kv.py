@@ -1,7 +1,8 @@
 """write_kv over y + B h for CUDA: q, k and v get their adapters on the way to rotation and pages.
 
 A program of decode steps and short chunks is some heads of one module, for one to LEAD_ROWS rows one after
-the other, which find B in the multiprocessor's own cache. Long chunks are tiles of tokens of one head.
+the other, which find B in the multiprocessor's own cache. Where many rows share an adapter, and in long
+chunks, it is a tile of tokens of one head.
 y + B h is rounded to the dtype; what follows is `write_kv.cuda`'s.
 """
 
@@ -15,9 +16,15 @@ import triton.language as tl
 from polybatch.kernels.lora.cuda_delta import (
     RECORD_FIRST,
     RECORD_NUM_TOKENS,
+    RECORD_PARTS,
     TILE_STRIDE,
+    add_product,
+    add_remainder,
     add_rows,
-    add_tile,
+    find_module,
+    load_b,
+    load_h,
+    load_starts,
 )
 from polybatch.kernels.write_kv.cuda import finish_heads
 
@@ -30,13 +37,27 @@ def write_kv_rows(
     rows, max_rows, tiles, h, memory, words, layer,
     NUM_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr,
     HALF: tl.constexpr, HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
-    UNIT: tl.constexpr, BLOCK_R: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Grid: rows, blocks of HEADS heads of q, of k and of v."""
+    """Grid: rows, blocks of HEADS heads of q, of k and of v. Of a dense tile, each row has one head of them."""
     leader = tl.program_id(0)
     count = tl.load(rows + leader)
     tile = tl.load(rows + max_rows + leader)
     token = tl.load(rows + 2 * max_rows + leader)
+    if tl.load(rows + 3 * max_rows + leader):
+        block = tl.program_id(1)
+        q_blocks: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
+        kv_blocks: tl.constexpr = (KV_HEADS + HEADS - 1) // HEADS
+        is_q, is_k = block < q_blocks, block < q_blocks + kv_blocks
+        before = tl.where(is_q, 0, tl.where(is_k, q_blocks, q_blocks + kv_blocks))
+        base = tl.where(is_q, 0, tl.where(is_k, NUM_HEADS, NUM_HEADS + KV_HEADS))
+        head = (block - before) * HEADS + token
+        if (token < HEADS) & (head < tl.where(is_q, NUM_HEADS, KV_HEADS)):
+            _tile(base + head, leader - token, tiles + tile * TILE_STRIDE, qkv, qkv_stride, positions, slots,
+                  table, pages, page_stride, bias, q_norm, k_norm, eps, h, memory, words, layer,
+                  NUM_HEADS, KV_HEADS, PAGE_SIZE, DIM, HALF, HAS_BIAS, HAS_NORM, UNIT, BLOCK_T, BLOCK_R,
+                  True, EXACT)  # fmt: skip
+        count = 0
     for i in range(count):
         slot = tl.load(slots + leader + i)
         if slot >= 0:
@@ -94,14 +115,29 @@ def write_kv_tiles(
     bounds, tiles, h, memory, words, layer,
     NUM_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr,
     HALF: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
-    UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, EXACT: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, IS_LONG: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """Grid: heads of q, k and v, wide tiles."""
-    head = tl.program_id(0)
     record = tiles + (tl.load(bounds + 2) + tl.program_id(1)) * TILE_STRIDE
+    _tile(tl.program_id(0), tl.load(record + RECORD_FIRST), record, qkv, qkv_stride, positions, slots, table,
+          pages, page_stride, bias, q_norm, k_norm, eps, h, memory, words, layer,
+          NUM_HEADS, KV_HEADS, PAGE_SIZE, DIM, HALF, HAS_BIAS, HAS_NORM, UNIT, BLOCK_T, BLOCK_R, IS_LONG,
+          EXACT)  # fmt: skip
+
+
+@triton.jit
+def _tile(
+    head, first_row, record, qkv, qkv_stride, positions, slots, table,
+    pages, page_stride, bias, q_norm, k_norm, eps, h, memory, words, layer,
+    NUM_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr,
+    HALF: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, IS_LONG: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """One head of a tile, whose rows begin at first_row."""
     t = tl.arange(0, BLOCK_T)
     is_token = t < tl.load(record + RECORD_NUM_TOKENS)
-    at = tl.load(record + RECORD_FIRST) + t
+    at = first_row + t
     slot = tl.load(slots + at, mask=is_token, other=-1)
     position = tl.load(positions + at, mask=slot >= 0, other=0)[:, None]
     slot = slot[:, None]
@@ -115,12 +151,20 @@ def write_kv_tiles(
     row = qkv + at.to(tl.int64)[:, None] * qkv_stride
     mask = (slot >= 0) & inside[None, :]
     kind = qkv.dtype.element_ty
-    first = tl.load(row + head * DIM + pair[None, :], mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(row + head * DIM + DIM // 2 + pair[None, :], mask=mask, other=0.0).to(tl.float32)
-    first = add_tile(first, t, is_token, record, n, inside, h, memory, words, layer,
-                     module, UNIT, BLOCK_R, EXACT)  # fmt: skip
-    second = add_tile(second, t, is_token, record, n + DIM // 2, inside, h, memory, words, layer,
-                      module, UNIT, BLOCK_R, EXACT)  # fmt: skip
+    first = tl.load(row + head * DIM + pair[None, :], mask=mask, other=0.0)
+    second = tl.load(row + head * DIM + DIM // 2 + pair[None, :], mask=mask, other=0.0)
+    num_parts = tl.load(record + RECORD_PARTS)
+    word, rank, is_there, h_rows, part_stride = find_module(record, t, module, h, words, layer)
+    start = load_starts(word, rank, 0, BLOCK_R)
+    value = load_h(h_rows, part_stride, num_parts, is_token, rank, 0, BLOCK_R)
+    b_first = load_b(start, n, inside, memory, UNIT)
+    b_second = load_b(start, n + DIM // 2, inside, memory, UNIT)
+    first = add_product(first.to(tl.float32), value, b_first, EXACT)
+    first = add_remainder(first, word, rank, is_there, h_rows, part_stride, num_parts, is_token, n, inside,
+                          memory, UNIT, BLOCK_R, IS_LONG, EXACT)  # fmt: skip
+    second = add_product(second.to(tl.float32), value, b_second, EXACT)
+    second = add_remainder(second, word, rank, is_there, h_rows, part_stride, num_parts, is_token,
+                           n + DIM // 2, inside, memory, UNIT, BLOCK_R, IS_LONG, EXACT)  # fmt: skip
     first, second = first.to(kind).to(tl.float32), second.to(kind).to(tl.float32)
     finish_heads(first, second, row, position, slot, head, inside[None, :], mask, table, pages, page_stride,
                  bias, q_norm, k_norm, eps,

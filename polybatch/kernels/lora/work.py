@@ -47,9 +47,12 @@ TILE_FIELDS = 16
 ABSENT = -1
 
 # Rows of `lora_rows`: how many rows the row's program handles in narrow launches, 0 for none; its tile, or
-# ABSENT; its token in the tile.
-LEADS, TILE, TOKEN = range(3)
+# ABSENT; its token in the tile; whether the tile is dense, so that the matrix unit pays. Programs of a dense
+# tile's first LEAD_ROWS rows share its columns, where columns can be shared.
+LEADS, TILE, TOKEN, IS_DENSE = range(4)
 LEAD_ROWS = 4
+# Rows from which on a narrow tile is dense; at least LEAD_ROWS.
+DENSE_ROWS = 4
 
 NARROW, WIDE = 0, 1
 BLOCK_TOKENS = (16, 64)
@@ -121,7 +124,8 @@ class LoraPlan:
     """What to launch.
 
     rounds: of each, whether it has narrow and wide tiles. wide_parts: parts of h in wide tiles.
-    wide_ranks: per group, rows of A that a shrink program of wide tiles takes.
+    wide_ranks: per group, rows of A that a shrink program of wide tiles takes. is_long: whether a module of
+    wide tiles has more than BLOCK_RANK rows.
     num_wide: wide tiles in all. num_base: first rows that the plain kernels take, since they are many and
     have no adapter. has_rows: whether rows are left that are in neither.
     num_h: elements of h in each round; how much there is to exchange, no matter to the launches.
@@ -130,6 +134,7 @@ class LoraPlan:
     rounds: tuple[tuple[bool, bool], ...] = ((True, False),)
     wide_parts: int = 1
     wide_ranks: tuple[int, ...] = (BLOCK_RANK,) * len(GROUPS)
+    is_long: bool = False
     num_wide: int = 0
     num_base: int = 0
     has_rows: bool = True
@@ -152,7 +157,7 @@ def arrays(limits: LoraLimits) -> dict[str, tuple[tuple[int, ...], type[np.int32
         "lora_tiles": ((limits.max_tiles, num_groups, TILE_FIELDS), np.int32),
         "lora_items": ((num_groups * limits.max_tiles * TILE_ITEMS,), np.int32),
         "lora_bounds": ((MAX_ROUNDS, 2, num_groups, BOUND_FIELDS), np.int32),
-        "lora_rows": ((3, limits.max_tokens), np.int32),
+        "lora_rows": ((4, limits.max_tokens), np.int32),
     }
 
 
@@ -178,6 +183,7 @@ def fill(
     rows = views["lora_rows"]
     rows[LEADS, :num_rows] = 1
     rows[TILE, :num_rows] = ABSENT
+    rows[IS_DENSE, :num_rows] = 0
     segments = np.asarray(segments, np.int64).reshape(-1, 3)
     template = templates[segments[:, 2]]
     keep = (template[:, :, _B_WORDS] != ABSENT).any(axis=(1, 2)) & (segments[:, 1] > segments[:, 0])
@@ -253,6 +259,7 @@ def fill(
         tuple((low < num_narrow, high > num_narrow) for low, high in pairs),
         wide_parts,
         wide_ranks,
+        has_wide and bool((template[is_wide][:, :, _RANKS] > BLOCK_RANK).any()),
         num_tiles - num_narrow,
         num_base,
         has_rows=num_covered + num_base < num_rows,
@@ -261,6 +268,7 @@ def fill(
 
 
 _B_WORDS = slice(MODULE, MODULE + MODULE_FIELDS * MAX_GROUP_MODULES, MODULE_FIELDS)
+_RANKS = slice(MODULE + 1, MODULE + MODULE_FIELDS * MAX_GROUP_MODULES, MODULE_FIELDS)
 
 
 def _wide_parts(lengths: Int64Array, ranks: Int64Array, max_h: int) -> int:
@@ -305,6 +313,7 @@ def _fill_rows(rows: Array, first: Int64Array, num_tokens: Int64Array, num_narro
     leads = np.minimum(LEAD_ROWS, num_tokens[tile] - token) * (token % LEAD_ROWS == 0)
     num_in_narrow = int(num_tokens[:num_narrow].sum())
     leads[num_in_narrow:] = 0
+    rows[IS_DENSE, at[:num_in_narrow]] = (num_tokens >= DENSE_ROWS)[tile[:num_in_narrow]]
     rows[LEADS, at] = leads
     return len(at) - num_in_narrow
 
