@@ -146,6 +146,13 @@ def serve(
     log_level: Annotated[
         str, typer.Option(rich_help_panel=_HTTP, help="debug, info, warning or error.")
     ] = "info",
+    log_format: Annotated[
+        str, typer.Option(rich_help_panel=_HTTP, help="text, or json: an object per line.")
+    ] = "text",
+    otlp_traces_endpoint: Annotated[
+        str | None,
+        typer.Option(rich_help_panel=_HTTP, help="Send OpenTelemetry spans there, by OTLP over HTTP."),
+    ] = None,
 ) -> None:
     """Serve the model and its adapters over HTTP, as OpenAI's interface.
 
@@ -156,6 +163,7 @@ def serve(
 
     from polybatch.engine.async_llm import AsyncLLM
     from polybatch.engine.connection import Watch
+    from polybatch.log_format import FORMATS, set_up_logging
 
     try:
         import uvloop
@@ -167,7 +175,9 @@ def serve(
     level = logging.getLevelNamesMapping().get(log_level.upper())
     if level is None:
         raise ConfigError(f"--log-level is {log_level!r}; it must be debug, info, warning or error")
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if log_format not in FORMATS:
+        raise ConfigError(f"--log-format is {log_format!r}; it must be {' or '.join(FORMATS)}")
+    set_up_logging(level, log_format)
     for name, value in (("loras", max_loras), ("lora-rank", max_lora_rank), ("cpu-loras", max_cpu_loras)):
         if value is not None:
             logging.getLogger("polybatch").info("--max-%s %d: there is no such limit here", name, value)
@@ -183,6 +193,7 @@ def serve(
         max_num_queued_reqs=max_num_queued_reqs,
         max_num_queued_tokens=max_num_queued_tokens, max_body_bytes=max_body_bytes, max_n=max_n,
         max_logprobs=max_logprobs, max_stop_strings=max_stop_strings, drain_timeout_s=drain_timeout,
+        otlp_traces_endpoint=otlp_traces_endpoint,
         api_keys_file=api_keys, tenants_file=tenants, max_buffered_bytes=max_buffered_bytes,
         max_connections=max_connections,
         data_dir=data_dir, max_file_bytes=max_file_bytes, max_tenant_file_bytes=max_tenant_file_bytes,

@@ -27,7 +27,8 @@ class ServerConfig:
     stop_token_ids. data_dir: where files and batches are kept; without it there are none. max_file_bytes: of
     an upload; max_tenant_file_bytes: of all files of a tenant; max_tenant_batches: under way at once.
     body_timeout_s: to send a request. send_timeout_s: to take a piece of an answer. drain_timeout_s: that
-    running requests have to end on shutdown.
+    running requests have to end on shutdown. otlp_traces_endpoint: where spans of requests go, None for
+    nowhere.
     """
 
     served_model_names: tuple[str, ...]
@@ -58,6 +59,7 @@ class ServerConfig:
     body_timeout_s: float = 60.0
     send_timeout_s: float = 60.0
     drain_timeout_s: float = 30.0
+    otlp_traces_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         if self.tool_call_parser is not None:

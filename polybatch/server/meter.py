@@ -22,8 +22,8 @@ OTHER_ADAPTERS = "(other)"
 MIXTURES = "(mixture)"
 MAX_IDS = 1024
 
-HTTP_STATE: ContextVar[MutableMapping[str, Any] | None] = ContextVar("HTTP_STATE", default=None)
-"""The state of the HTTP request that is being answered; its `request_id` is the id that the client knows."""
+HTTP_SCOPE: ContextVar[MutableMapping[str, Any] | None] = ContextVar("HTTP_SCOPE", default=None)
+"""The HTTP request that is being answered; `request_id` in its state is the id that the client knows."""
 
 
 class _Flight:
@@ -76,9 +76,9 @@ class RequestMeter(Observer):
 
     def submitted(self, request: Request) -> None:
         self._flights[request.request_id] = _Flight()
-        state = HTTP_STATE.get()
-        if state is not None and "request_id" in state:
-            self._ids[request.request_id] = state["request_id"]
+        scope = HTTP_SCOPE.get()
+        if scope is not None and "request_id" in scope["state"]:
+            self._ids[request.request_id] = scope["state"]["request_id"]
             if len(self._ids) > MAX_IDS:
                 self._ids.popitem(last=False)
         num_prompt, label = len(request.prompt_token_ids), self.label(request.adapter)

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from polybatch.engine.snapshot import EngineSnapshot
 from polybatch.server.histogram import Histogram
-from polybatch.server.meter import HTTP_STATE, MAX_ADAPTER_LABELS, OTHER_ADAPTERS, RequestMeter
+from polybatch.server.meter import HTTP_SCOPE, MAX_ADAPTER_LABELS, OTHER_ADAPTERS, RequestMeter
 from polybatch.server.state import ServerState
 
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
@@ -206,7 +206,8 @@ class HttpMeter:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        HTTP_STATE.set(scope.setdefault("state", {}))
+        scope.setdefault("state", {})
+        HTTP_SCOPE.set(scope)
 
         async def send_counted(message: Message) -> None:
             if message["type"] == "http.response.start":

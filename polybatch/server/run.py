@@ -11,6 +11,7 @@ import asyncio
 import logging
 import signal
 import socket
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -97,11 +98,13 @@ async def serve(llm: AsyncLLM, config: ServerConfig) -> int:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload_tenants, state)
         failed = asyncio.create_task(_stop_when_failed(llm, server))
         reporting = asyncio.create_task(report_status(state.view))
+        stop_tracing = _start_tracing(state)
         logger.info("serving %s on http://%s:%d", config.served_model_names[0], config.host, config.port)
         await server.serve()
         is_failed = failed.done()
         failed.cancel()
         reporting.cancel()
+        await asyncio.to_thread(stop_tracing)
     return FAILED_STATUS if is_failed else 0
 
 
@@ -113,6 +116,22 @@ def reload_tenants(state: ServerState) -> None:
         logger.error("keys and tenants stay as they were: %s", error)
     else:
         logger.info("keys of %d tenants were read", len(state.keys.tenants))
+
+
+def _start_tracing(state: ServerState) -> Callable[[], None]:
+    """Send spans of requests where the configuration says; returns what sends the last of them."""
+    endpoint = state.config.otlp_traces_endpoint
+    if endpoint is None:
+        return lambda: None
+    try:
+        from polybatch.server.tracing import RequestTracer, open_provider
+
+        provider = open_provider(endpoint, "polybatch")
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name} is not installed: pip install 'polybatch[tracing]'") from error
+    model = state.config.served_model_names[0]
+    state.llm.observer = RequestTracer(provider.get_tracer("polybatch"), model, state.meter)
+    return provider.shutdown
 
 
 async def _stop_when_failed(llm: AsyncLLM, server: uvicorn.Server) -> None:
