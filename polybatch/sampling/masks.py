@@ -47,8 +47,8 @@ def mask_logits(logits: Tensor, states: SequenceOf[SamplingState]) -> dict[int, 
 def _forbidden(masks: Bitmask, vocab: int, device: torch.device) -> Tensor:
     """One bool per token, [rows, vocab], True where the bit is 0."""
     if device.type == "cpu":
-        bits = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little", count=vocab)
-        return torch.from_numpy(bits ^ 1).bool()
+        bits = np.unpackbits((~masks).view(np.uint8), axis=1, bitorder="little", count=vocab)
+        return torch.from_numpy(bits).view(torch.bool)
     shifts = torch.arange(WORD_BITS, dtype=torch.int32, device=device)
     words = torch.from_numpy(masks).to(device)
     return ((words[:, :, None] >> shifts) & 1).flatten(1)[:, :vocab] == 0
