@@ -36,12 +36,12 @@ _MAX_PARTS = tl.constexpr(MAX_PARTS)
 def add_rows(
     y, token, count, record, n, is_column, h, memory, words, layer,
     module, UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr = 1,
 ):  # fmt: skip
     """gain (y + B h) + bias for `count` tokens of a tile from `token` on, in float32.
 
     y: [BLOCK_T, BLOCK_N] float32. n: [BLOCK_N] columns of the module. No matrix unit: for so few rows it
-    would wait for more than it computes, and one row would be padded to 16.
+    would wait for more than it computes, and one row would be padded to 16. STAGES: turns of B on their way.
     """
     b_word = tl.load(record + _MODULE + 3 * module)
     if b_word != _ABSENT:
@@ -57,7 +57,7 @@ def add_rows(
         part = tl.arange(0, _MAX_PARTS)
         h_rows = h + h_first.to(tl.int64) + (part[:, None] * num_tokens + token + t[None, :]) * h_rank
         is_h_row = (part < num_parts)[:, None] & (t < count)[None, :]
-        for low in range(0, rank, BLOCK_R):
+        for low in tl.range(0, rank, BLOCK_R, num_stages=STAGES):
             r = low + tl.arange(0, BLOCK_R)
             start = tl.load(word + 2 + r, mask=r < rank, other=-1)
             b = tl.load(memory + start.to(tl.int64)[:, None] * UNIT + n[None, :],

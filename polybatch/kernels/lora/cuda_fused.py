@@ -31,15 +31,17 @@ QKV, O, GATE_UP, DOWN = range(len(GROUPS))  # noqa: E741
 SILU_ROWS = (512, 16, 8, 4)
 # Columns of a block, blocks of a program, warps, stages.
 SILU_TILES = (64, 8, 4, 3)
-# Elements of B in a turn for one token and for several, warps for 4,096 columns.
-NORM_ROWS = (1 << 16, 1 << 14, 16)
+# Elements of B in a turn for one token and for several, warps for 4,096 columns, turns on their way.
+NORM_ROWS = (1 << 16, 1 << 14, 16, 3)
 SHARED_WIDTH = 4096
 # Columns of a block, tokens, warps, stages.
 NORM_TILES = (256, 16, 4, 2)
 # Heads of a program, at most LEAD_ROWS, rows of B in a turn, at least 16, warps.
 WRITE_ROWS = (4, 16, 2)
-# float32 would spill with fewer.
-WRITE_TILES_WARPS, WRITE_TILES_WARPS_EXACT = 4, 8
+# Heads of a program, warps, stages.
+WRITE_TILES = (4, 4, 2)
+# Of float32, which would spill with fewer warps.
+WRITE_TILES_EXACT = (1, 8, 1)
 TILE_RANK = 16
 
 
@@ -120,7 +122,7 @@ class FusedLora:
         elif base:
             rms_norm(x[:base], weight, eps, residual=residual[:base], out=out[:base])
         if num_rows and (self._plan.has_rows or rows is not None):
-            of_one, of_few, most_warps = NORM_ROWS
+            of_one, of_few, most_warps, stages = NORM_ROWS
             block = triton.next_power_of_2(width)
             # Registers hold so many elements of B; those of 32 bits count twice.
             share = (1 + self._lora.is_exact) * block
@@ -129,7 +131,7 @@ class FusedLora:
                 out[base:], out.stride(0), eps, lists, lists.stride(0), *common,
                 WIDTH=width, BLOCK=block, HAS_CHOSEN=rows is not None, UNIT=self._lora.unit,
                 LEAD=LEAD_ROWS if block <= SHARED_WIDTH else 1, RANK_ONE=min(max(of_one // share, 1), 16),
-                RANK_FEW=min(max(of_few // share, 1), 16),
+                RANK_FEW=min(max(of_few // share, 1), 16), STAGES=stages,
                 num_warps=min(max(block * most_warps // 4096, 1), 16),
             )  # fmt: skip
         if self._plan.num_wide and rows is None:
@@ -181,11 +183,12 @@ class FusedLora:
                 BLOCK_T=BLOCK_TOKENS[NARROW], EXACT=self._lora.is_exact, num_warps=warps,
             )  # fmt: skip
         if self._plan.num_wide:
-            write_kv_tiles[heads + 2 * kv_heads, self._plan.num_wide](
+            block, warps, stages = WRITE_TILES_EXACT if self._lora.is_exact else WRITE_TILES
+            blocks = triton.cdiv(heads, block) + 2 * triton.cdiv(kv_heads, block)
+            write_kv_tiles[blocks, self._plan.num_wide](
                 qkv, qkv.stride(0), positions, slots, table, kv_pages, kv_pages.stride(0), *extra,
-                self._bounds[QKV], *common, **shape, BLOCK_T=BLOCK_TOKENS[WIDE], BLOCK_R=TILE_RANK,
-                IS_LONG=self._plan.is_long, EXACT=self._lora.is_exact,
-                num_warps=WRITE_TILES_WARPS_EXACT if self._lora.is_exact else WRITE_TILES_WARPS,
+                self._bounds[QKV], *common, **shape, HEADS=block, BLOCK_T=BLOCK_TOKENS[WIDE], BLOCK_R=TILE_RANK,
+                IS_LONG=self._plan.is_long, EXACT=self._lora.is_exact, num_warps=warps, num_stages=stages,
             )  # fmt: skip
         of_heads: torch.Tensor = qkv.unflatten(1, (heads + 2 * kv_heads, dim))
         return of_heads[:, :heads]

@@ -32,7 +32,7 @@ def rms_norm_rows(
     x, x_stride, residual, residual_stride, chosen, weight, out, out_stride, eps,
     rows, max_rows, tiles, h, memory, words, layer,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_CHOSEN: tl.constexpr, UNIT: tl.constexpr,
-    LEAD: tl.constexpr, RANK_ONE: tl.constexpr, RANK_FEW: tl.constexpr,
+    LEAD: tl.constexpr, RANK_ONE: tl.constexpr, RANK_FEW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid: rows, or chosen ones, -1 for none; chosen ones leave the residual as it was."""
     target = tl.program_id(0)
@@ -59,7 +59,7 @@ def rms_norm_rows(
     elif count > 1:
         _few_rows(x, x_stride, residual, residual_stride, weight, out, out_stride, eps, source, target,
                   count, tile, token, tiles, h, memory, words, layer,
-                  WIDTH, BLOCK, HAS_CHOSEN, UNIT, LEAD, RANK_FEW)  # fmt: skip
+                  WIDTH, BLOCK, HAS_CHOSEN, UNIT, LEAD, RANK_FEW, STAGES)  # fmt: skip
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def _few_rows(
     x, x_stride, residual, residual_stride, weight, out, out_stride, eps, source, target,
     count, tile, token, tiles, h, memory, words, layer,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_CHOSEN: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr = 1,
 ):  # fmt: skip
     kind = out.dtype.element_ty
     n = tl.arange(0, BLOCK)
@@ -82,7 +82,7 @@ def _few_rows(
         before = tl.load(stream, mask=mask, other=0.0).to(tl.float32)
     if tile >= 0:
         y = add_rows(y, token, count, tiles + tile * TILE_STRIDE, n, is_column, h, memory, words, layer,
-                     0, UNIT, BLOCK_T, BLOCK_R, BLOCK)  # fmt: skip
+                     0, UNIT, BLOCK_T, BLOCK_R, BLOCK, STAGES)  # fmt: skip
         y = y.to(kind).to(tl.float32)
     if BLOCK_T > 1:
         before = tl.load(stream, mask=mask, other=0.0).to(tl.float32)

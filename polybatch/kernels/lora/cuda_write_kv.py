@@ -2,7 +2,7 @@
 
 A program of decode steps and short chunks is some heads of one module, for one to LEAD_ROWS rows one after
 the other, which find B in the multiprocessor's own cache. Where many rows share an adapter, and in long
-chunks, it is a tile of tokens of one head.
+chunks, it is a tile of tokens, head by head.
 y + B h is rounded to the dtype; what follows is `write_kv.cuda`'s.
 """
 
@@ -45,18 +45,12 @@ def write_kv_rows(
     tile = tl.load(rows + max_rows + leader)
     token = tl.load(rows + 2 * max_rows + leader)
     if tl.load(rows + 3 * max_rows + leader):
-        block = tl.program_id(1)
-        q_blocks: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
-        kv_blocks: tl.constexpr = (KV_HEADS + HEADS - 1) // HEADS
-        is_q, is_k = block < q_blocks, block < q_blocks + kv_blocks
-        before = tl.where(is_q, 0, tl.where(is_k, q_blocks, q_blocks + kv_blocks))
-        base = tl.where(is_q, 0, tl.where(is_k, NUM_HEADS, NUM_HEADS + KV_HEADS))
-        head = (block - before) * HEADS + token
-        if (token < HEADS) & (head < tl.where(is_q, NUM_HEADS, KV_HEADS)):
-            _tile(base + head, leader - token, tiles + tile * TILE_STRIDE, qkv, qkv_stride, positions, slots,
-                  table, pages, page_stride, bias, q_norm, k_norm, eps, h, memory, words, layer,
-                  NUM_HEADS, KV_HEADS, PAGE_SIZE, DIM, HALF, HAS_BIAS, HAS_NORM, UNIT, BLOCK_T, BLOCK_R,
-                  True, EXACT)  # fmt: skip
+        if token < HEADS:
+            _tile(tl.program_id(1), token, leader - token, tiles + tile * TILE_STRIDE, qkv, qkv_stride,
+                  positions, slots, table, pages, page_stride, bias, q_norm, k_norm, eps,
+                  h, memory, words, layer,
+                  NUM_HEADS, KV_HEADS, PAGE_SIZE, DIM, HALF, HEADS, 1, HAS_BIAS, HAS_NORM, UNIT, BLOCK_T,
+                  BLOCK_R, True, EXACT)  # fmt: skip
         count = 0
     for i in range(count):
         slot = tl.load(slots + leader + i)
@@ -69,6 +63,19 @@ def write_kv_rows(
 
 
 @triton.jit
+def _find_heads(block, NUM_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEADS: tl.constexpr):
+    """(module, its first head in the projection, the block's first head in the module, the module's heads)."""
+    q_blocks: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
+    kv_blocks: tl.constexpr = (KV_HEADS + HEADS - 1) // HEADS
+    is_q = block < q_blocks
+    is_k = block < q_blocks + kv_blocks
+    before = tl.where(is_q, 0, tl.where(is_k, q_blocks, q_blocks + kv_blocks))
+    base = tl.where(is_q, 0, tl.where(is_k, NUM_HEADS, NUM_HEADS + KV_HEADS))
+    module = tl.where(is_q, 0, tl.where(is_k, 1, 2))
+    return module, base, (block - before) * HEADS, tl.where(is_q, NUM_HEADS, KV_HEADS)
+
+
+@triton.jit
 def _heads(
     row, position, slot, tile, token, table, pages, page_stride, bias, q_norm, k_norm, eps,
     tiles, h, memory, words, layer,
@@ -77,17 +84,10 @@ def _heads(
     UNIT: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Heads of one token, found from the program's block of heads."""
-    q_blocks: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
-    kv_blocks: tl.constexpr = (KV_HEADS + HEADS - 1) // HEADS
-    block = tl.program_id(1)
-    is_q = block < q_blocks
-    is_k = block < q_blocks + kv_blocks
-    before = tl.where(is_q, 0, tl.where(is_k, q_blocks, q_blocks + kv_blocks))
-    base = tl.where(is_q, 0, tl.where(is_k, NUM_HEADS, NUM_HEADS + KV_HEADS))
-    num_heads = tl.where(is_q, NUM_HEADS, KV_HEADS)
+    module, base, first_head, num_heads = _find_heads(tl.program_id(1), NUM_HEADS, KV_HEADS, HEADS)
     # Heads and pairs of their elements, side by side.
     index = tl.arange(0, HEADS * HALF)
-    head = (block - before) * HEADS + index // HALF
+    head = first_head + index // HALF
     pair = index % HALF
     n = head * DIM + pair
     is_column = (head < num_heads) & (pair < DIM // 2)
@@ -96,13 +96,12 @@ def _heads(
     if tile >= 0:
         kind = row.dtype.element_ty
         record = tiles + tile * TILE_STRIDE
-        module = tl.where(is_q, 0, tl.where(is_k, 1, 2))
         first = add_rows(first, token, 1, record, n, is_column, h, memory, words, layer,
                          module, UNIT, 1, BLOCK_R, HEADS * HALF)  # fmt: skip
         second = add_rows(second, token, 1, record, n + DIM // 2, is_column, h, memory, words, layer,
                           module, UNIT, 1, BLOCK_R, HEADS * HALF)  # fmt: skip
         first, second = first.to(kind).to(tl.float32), second.to(kind).to(tl.float32)
-    head_column = (block - before) * HEADS + tl.arange(0, HEADS)[:, None]
+    head_column = first_head + tl.arange(0, HEADS)[:, None]
     mask = (head_column < num_heads) & (tl.arange(0, HALF)[None, :] < DIM // 2)
     finish_heads(tl.reshape(first, [HEADS, HALF]), tl.reshape(second, [HEADS, HALF]), row, position, slot,
                  base + head_column, mask, mask, table, pages, page_stride, bias, q_norm, k_norm, eps,
@@ -114,58 +113,58 @@ def write_kv_tiles(
     qkv, qkv_stride, positions, slots, table, pages, page_stride, bias, q_norm, k_norm, eps,
     bounds, tiles, h, memory, words, layer,
     NUM_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr,
-    HALF: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
+    HALF: tl.constexpr, HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
     UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, IS_LONG: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Grid: heads of q, k and v, wide tiles."""
+    """Grid: blocks of HEADS heads of q, of k and of v, wide tiles."""
     record = tiles + (tl.load(bounds + 2) + tl.program_id(1)) * TILE_STRIDE
-    _tile(tl.program_id(0), tl.load(record + RECORD_FIRST), record, qkv, qkv_stride, positions, slots, table,
+    _tile(tl.program_id(0), 0, tl.load(record + RECORD_FIRST), record, qkv, qkv_stride, positions, slots, table,
           pages, page_stride, bias, q_norm, k_norm, eps, h, memory, words, layer,
-          NUM_HEADS, KV_HEADS, PAGE_SIZE, DIM, HALF, HAS_BIAS, HAS_NORM, UNIT, BLOCK_T, BLOCK_R, IS_LONG,
-          EXACT)  # fmt: skip
+          NUM_HEADS, KV_HEADS, PAGE_SIZE, DIM, HALF, HEADS, HEADS, HAS_BIAS, HAS_NORM, UNIT, BLOCK_T,
+          BLOCK_R, IS_LONG, EXACT)  # fmt: skip
 
 
 @triton.jit
 def _tile(
-    head, first_row, record, qkv, qkv_stride, positions, slots, table,
+    block, skipped, first_row, record, qkv, qkv_stride, positions, slots, table,
     pages, page_stride, bias, q_norm, k_norm, eps, h, memory, words, layer,
     NUM_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr,
-    HALF: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, UNIT: tl.constexpr,
+    HALF: tl.constexpr, HEADS: tl.constexpr, NUM: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_NORM: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, IS_LONG: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """One head of a tile, whose rows begin at first_row."""
+    """NUM heads of a block of HEADS after those skipped, for a tile whose rows begin at first_row."""
+    module, base, first_head, num_heads = _find_heads(block, NUM_HEADS, KV_HEADS, HEADS)
     t = tl.arange(0, BLOCK_T)
     is_token = t < tl.load(record + RECORD_NUM_TOKENS)
     at = first_row + t
     slot = tl.load(slots + at, mask=is_token, other=-1)
     position = tl.load(positions + at, mask=slot >= 0, other=0)[:, None]
     slot = slot[:, None]
-    is_k = head >= NUM_HEADS
-    is_v = head >= NUM_HEADS + KV_HEADS
-    module = is_k.to(tl.int32) + is_v.to(tl.int32)
-    base = tl.where(is_v, NUM_HEADS + KV_HEADS, tl.where(is_k, NUM_HEADS, 0))
-    pair = tl.arange(0, HALF)
-    inside = pair < DIM // 2
-    n = (head - base) * DIM + pair
     row = qkv + at.to(tl.int64)[:, None] * qkv_stride
-    mask = (slot >= 0) & inside[None, :]
+    pair = tl.arange(0, HALF)
     kind = qkv.dtype.element_ty
-    first = tl.load(row + head * DIM + pair[None, :], mask=mask, other=0.0)
-    second = tl.load(row + head * DIM + DIM // 2 + pair[None, :], mask=mask, other=0.0)
     num_parts = tl.load(record + RECORD_PARTS)
     word, rank, is_there, h_rows, part_stride = find_module(record, t, module, h, words, layer)
     start = load_starts(word, rank, 0, BLOCK_R)
     value = load_h(h_rows, part_stride, num_parts, is_token, rank, 0, BLOCK_R)
-    b_first = load_b(start, n, inside, memory, UNIT)
-    b_second = load_b(start, n + DIM // 2, inside, memory, UNIT)
-    first = add_product(first.to(tl.float32), value, b_first, EXACT)
-    first = add_remainder(first, word, rank, is_there, h_rows, part_stride, num_parts, is_token, n, inside,
-                          memory, UNIT, BLOCK_R, IS_LONG, EXACT)  # fmt: skip
-    second = add_product(second.to(tl.float32), value, b_second, EXACT)
-    second = add_remainder(second, word, rank, is_there, h_rows, part_stride, num_parts, is_token,
-                           n + DIM // 2, inside, memory, UNIT, BLOCK_R, IS_LONG, EXACT)  # fmt: skip
-    first, second = first.to(kind).to(tl.float32), second.to(kind).to(tl.float32)
-    finish_heads(first, second, row, position, slot, head, inside[None, :], mask, table, pages, page_stride,
-                 bias, q_norm, k_norm, eps,
-                 NUM_HEADS, KV_HEADS, PAGE_SIZE, DIM, HALF, HAS_BIAS, HAS_NORM)  # fmt: skip
+    for i in range(NUM):
+        head = first_head + skipped + i
+        inside = (pair < DIM // 2) & (head < num_heads)
+        n = head * DIM + pair
+        mask = (slot >= 0) & inside[None, :]
+        first = tl.load(row + base * DIM + n[None, :], mask=mask, other=0.0)
+        second = tl.load(row + base * DIM + DIM // 2 + n[None, :], mask=mask, other=0.0)
+        b_first = load_b(start, n, inside, memory, UNIT)
+        b_second = load_b(start, n + DIM // 2, inside, memory, UNIT)
+        first = add_product(first.to(tl.float32), value, b_first, EXACT)
+        first = add_remainder(first, word, rank, is_there, h_rows, part_stride, num_parts, is_token, n,
+                              inside, memory, UNIT, BLOCK_R, IS_LONG, EXACT)  # fmt: skip
+        second = add_product(second.to(tl.float32), value, b_second, EXACT)
+        second = add_remainder(second, word, rank, is_there, h_rows, part_stride, num_parts, is_token,
+                               n + DIM // 2, inside, memory, UNIT, BLOCK_R, IS_LONG, EXACT)  # fmt: skip
+        first, second = first.to(kind).to(tl.float32), second.to(kind).to(tl.float32)
+        finish_heads(first, second, row, position, slot, base + head, inside[None, :], mask, table, pages,
+                     page_stride, bias, q_norm, k_norm, eps,
+                     NUM_HEADS, KV_HEADS, PAGE_SIZE, DIM, HALF, HAS_BIAS, HAS_NORM)  # fmt: skip
