@@ -45,8 +45,6 @@ def served() -> Iterator[RunningServer]:
         running.complete(model="nobody")
         running.client.get("/no/such/route")
         running.until_idle()
-        # A snapshot that may still be held has to grow old.
-        time.sleep(0.3)
         yield running
 
 
