@@ -163,7 +163,9 @@ def gate(device: str, model: str) -> Iterator[Check]:
     prompts = [
         selfcheck._encode(text, weights.tokenizer, weights.spec.vocab_size) for text in selfcheck.PROMPTS
     ]
-    config = EngineConfig(device=device, dtype="float32")
+    config = EngineConfig(
+        device=device, dtype="float32", memory="2GiB", max_num_batched_tokens=512, max_num_seqs=32
+    )
     for row in selfcheck.check(weights.weights, adapters, prompts, config):
         note = f"{row.token_differences} of {row.tokens} tokens differ, {row.near_ties} near ties {row.note}"
         name = f"gate: {row.adapter} against {row.reference}"
