@@ -108,7 +108,9 @@ export class Requests {
   update(engine) {
     const isLive = (request) => LIVE.includes(request.status);
     const chosen = engine.requests.filter((request) => this.show === "all" || isLive(request) === (this.show === "live"));
-    chosen.sort((a, b) => isLive(b) - isLive(a) || b.arrival_at - a.arrival_at);
+    // A long queue shall not push what runs out of sight.
+    const rank = (request) => ["running", "waiting"].indexOf(request.status) >>> 0;
+    chosen.sort((a, b) => rank(a) - rank(b) || b.arrival_at - a.arrival_at);
     chosen.length = Math.min(chosen.length, SHOWN);
     const longest = Math.max(...chosen.map((request) => (request.finished_at ?? engine.now) - request.arrival_at));
     const kept = new Map();
