@@ -132,7 +132,7 @@ def per_launch(name: str, step: Step, base: Base, results: dict) -> None:
 
 
 def tune(pool: Pool, base: Base, results: list) -> None:
-    """Configurations of the fused kernels over rows, and the size of shrink's grid beside the base layer."""
+    """Configurations of the fused kernels over rows, and from how many rows on a tile is dense."""
     steps = [
         Step(pool, segments_of([1] * 64), 64, wide=False),
         Step(pool, segments_of([4] * 64), 256, wide=False),
@@ -140,10 +140,10 @@ def tune(pool: Pool, base: Base, results: list) -> None:
     ]
     kernels = [consumers(step, base) for step in steps]
     options = {
-        "SILU_ROWS": ("silu_mul", [(512, 16, 8, 4), (512, 16, 4, 4), (512, 8, 4, 2), (1024, 16, 8, 8),
-                                   (1024, 8, 4, 4)]),
-        "NORM_ROWS": ("norm of o", [(1 << 16, 1 << 14, 16), (1 << 15, 1 << 14, 16), (1 << 15, 1 << 14, 8)]),
-        "WRITE_ROWS": ("write_kv", [(8, 16, 4), (8, 16, 2), (16, 16, 4), (4, 16, 2), (8, 8, 2)]),
+        "SILU_ROWS": ("silu_mul", [(512, 16, 8, 4), (256, 16, 8, 4), (1024, 16, 8, 8)]),
+        "NORM_ROWS": ("norm of o", [(1 << 16, 1 << 14, 16, stages) for stages in (1, 2, 3)]
+                      + [(1 << 16, 1 << 15, 16, 2)]),
+        "WRITE_ROWS": ("write_kv", [(4, 16, 2), (2, 16, 2)]),
     }  # fmt: skip
     for name, (kernel, settings) in options.items():
         chosen = getattr(cuda_fused, name)
@@ -156,23 +156,27 @@ def tune(pool: Pool, base: Base, results: list) -> None:
             results.append({"what": name, "setting": setting, "us": times})
             say(f"  {name} {setting}: " + ", ".join(f"{t:.1f}" for t in times) + " us")
         setattr(cuda_fused, name, chosen)
-    rows = []
-    for per_sm in (1, 4, 8):
-        for case, segments in (("64 x 1", segments_of([1] * 64)), ("64 x 4", segments_of([4] * 64))):
-            step = Step(pool, segments, segments[-1][1], wide=False, beside_per_sm=per_sm)
-            measure(f"{case}, {per_sm} programs per SM", step, base, rows, ((0, 1, 2, 3), (0, 1), (2,), (3,)))
-    results.extend(rows)
+    kept = work.DENSE_ROWS
+    for least in (4, 8, 17):
+        work.DENSE_ROWS = least
+        for counts in ([4] * 64, [8] * 32, [16] * 16):
+            step = Step(pool, segments_of(counts), 256, wide=False)
+            per_launch(f"{len(counts)} x {counts[0]}, tiles dense from {least} rows", step, base, dense := {})
+            results.append({"what": "DENSE_ROWS", "setting": least, "us": dense})
+    work.DENSE_ROWS = kept
 
 
 def tune_wide(pool: Pool, base: Base, results: list) -> None:
     """Configurations of the kernels over wide tiles, at one adapter and 8,192 tokens."""
     step = Step(pool, segments_of([8192]), 8192, wide=True)
-    kernels, space = consumers(step, base), base.buffers(8192)
+    kernels = consumers(step, base)
     options = {
-        "SILU_TILES": ("silu_mul", [(128, 4, 8), (128, 4, 4), (64, 8, 4), (128, 1, 8)]),
-        "NORM_TILES": ("norm of o", [(256, 16, 4), (256, 16, 8), (512, 16, 8), (256, 32, 8)]),
-        "WRITE_TILES_WARPS": ("write_kv", [4, 8]),
-    }
+        "SILU_TILES": ("silu_mul", [(64, 8, 4, 3), (64, 8, 4, 1), (128, 4, 4, 1), (128, 8, 8, 2),
+                                    (64, 4, 4, 2)]),
+        "NORM_TILES": ("norm of o", [(256, 16, 4, 2), (256, 16, 4, 1), (256, 16, 4, 3), (128, 16, 4, 3),
+                                     (256, 32, 8, 2)]),
+        "WRITE_TILES": ("write_kv", [(4, 4, 2), (4, 4, 1), (8, 4, 2), (2, 4, 2), (4, 8, 2)]),
+    }  # fmt: skip
     for name, (kernel, settings) in options.items():
         chosen = getattr(cuda_fused, name)
         for setting in settings:
@@ -181,14 +185,3 @@ def tune_wide(pool: Pool, base: Base, results: list) -> None:
             results.append({"what": name, "setting": setting, "us": took})
             say(f"  {name} {setting}: {took:.1f} us")
         setattr(cuda_fused, name, chosen)
-    chosen = cuda.SHRINK[work.WIDE]
-    for setting in ((128, 4, 3), (64, 4, 4), (128, 8, 3), (64, 4, 6)):
-        cuda.SHRINK[work.WIDE] = cuda.Tuning(*setting)
-        times = [
-            replay_ms(lambda g=g, x=space[x]: [step.lora.shrink(g, i, x, *step.args(i)) for i in range(2)], 5)
-            / 2 * 1e3
-            for g, x in ((0, "hidden"), (1, "attention"), (3, "activated"))
-        ]  # fmt: skip
-        results.append({"what": "wide shrink", "setting": setting, "us": times})
-        say(f"  wide shrink {setting}: " + ", ".join(f"{t:.1f}" for t in times) + " us")
-    cuda.SHRINK[work.WIDE] = chosen

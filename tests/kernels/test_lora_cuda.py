@@ -184,3 +184,27 @@ def test_one_token_too_large_for_the_scratch_buffer_is_an_error_with_a_way_out()
             num_rows=1,
             wide=False,
         )
+
+
+@pytest.mark.parametrize("rank", [8, 16, 32, 64, 128])
+def test_prefills_of_adapters_on_all_modules_launch_what_startup_compiled(rank):
+    shapes = {module: (64, 64) for modules in GROUPS for module in modules}
+    world = build_world(shapes, [[{m: ModuleRows(rank) for m in shapes}]], 4096, torch.float32,
+                        torch.Generator().manual_seed(0))  # fmt: skip
+    views = arrays_of(LoraLimits(200, 4))
+    plan = work.fill(views, np.array([(0, 3, 0), (3, 190, 0)]), world.templates, world.groups, 1 << 22,
+                     num_rows=190, wide=True)  # fmt: skip
+    compiled = {(p.wide_ranks, p.is_long) for p in work.common_mixed_plans()}
+    assert plan.num_wide
+    assert (plan.wide_ranks, plan.is_long) in compiled
+
+
+def test_tiles_are_dense_where_enough_narrow_rows_share_them():
+    shapes = {module: (64, 64) for modules in GROUPS for module in modules}
+    world = build_world(shapes, [[{"q_proj": ModuleRows(4)}]], 4096, torch.float32,
+                        torch.Generator().manual_seed(0))  # fmt: skip
+    views = arrays_of(LoraLimits(200, 4))
+    segments = np.array([(0, work.DENSE_ROWS - 1, 0), (5, 5 + 16 + work.DENSE_ROWS, 0), (30, 100, 0)])
+    work.fill(views, segments, world.templates, world.groups, 1 << 20, num_rows=101, wide=True)
+    dense = np.flatnonzero(views["lora_rows"][work.IS_DENSE, :101])
+    assert dense.tolist() == list(range(5, 21 + work.DENSE_ROWS))

@@ -33,6 +33,8 @@ CASES = {
     "rows that share a program": ([(0, 4, 0), (4, 6, 1), (7, 26, 2)], False, 28),
     "no adapter": ([], False, 3),
     "long chunks alone": ([(0, 70, 0), (70, 134, 1)], True, 134),
+    "a long chunk of few rows of B": ([(0, 70, 1)], True, 71),
+    "tiles of all rows that share them": ([(0, 16, 0), (16, 21, 1)], False, 21),
     "long and short chunks": ([(0, 3, 1), (5, 75, 0)], True, 78),
     "rows before, between and after chunks": ([(6, 8, 2), (9, 80, 0)], True, 82),
 }

@@ -16,8 +16,12 @@ Sources: Punica (Chen et al. 2023) for shrink and expand; Flash-Decoding's split
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -180,8 +184,23 @@ class CudaLora:
         self._side = None
         if device.type == "cuda":
             self._side = torch.cuda.Stream(device)
+        self.is_rehearsal = False
         self._grid = (num_programs,)
         self._grid_beside = (num_beside or num_programs,)
+
+    def launcher(self, kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
+        """kernel[grid], or in a rehearsal what only compiles it."""
+        return partial(kernel.warmup, grid=grid) if self.is_rehearsal else kernel[grid]
+
+    @contextmanager
+    def rehearsal(self, num_threads: int) -> Iterator[None]:
+        """Launches of adapters' kernels inside only compile them, side by side; h and y stay as they are."""
+        self.is_rehearsal = True
+        try:
+            with ThreadPoolExecutor(num_threads) as pool, triton.AsyncCompileMode(pool):
+                yield
+        finally:
+            self.is_rehearsal = False
 
     def shrink(
         self,
@@ -206,7 +225,7 @@ class CudaLora:
             tuning = (SHRINK_EXACT if self.is_exact else SHRINK)[variant]
             parts = (shape.narrow_parts, plan.wide_parts)[variant]
             columns = shape.part_columns if variant == NARROW else -(-shape.num_in // parts)
-            shrink_kernel[self._grid_beside if is_beside else self._grid](
+            self.launcher(shrink_kernel, self._grid_beside if is_beside else self._grid)(
                 x, self.h, memory, words, arrays["lora_tiles"][0, group], arrays["lora_items"],
                 arrays["lora_bounds"][round_, variant, group], x.stride(0), layer,
                 -(-columns // tuning.columns), parts,
@@ -263,7 +282,7 @@ class CudaLora:
         outs = (*shape.outs, 0, 0)
         for variant in _variants(plan, round_):
             tuning = EXPAND[variant]
-            expand_kernel[self._grid](
+            self.launcher(expand_kernel, self._grid)(
                 y, self.h, memory, words, arrays["lora_tiles"][0, group],
                 arrays["lora_bounds"][round_, variant, group], y.stride(0), layer,
                 OUT_0=outs[0], OUT_1=outs[1], OUT_2=outs[2], UNIT=self.unit,

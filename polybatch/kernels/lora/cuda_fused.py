@@ -79,7 +79,7 @@ class FusedLora:
             columns, rank_one, rank_few, warps = SILU_ROWS
             # The matrix unit takes 16 columns at least, of which each of LEAD_ROWS programs has so many.
             block = max(min(columns, triton.next_power_of_2(width)), 16 * LEAD_ROWS)
-            silu_mul_rows[self._num_rows - base, triton.cdiv(width, block)](
+            self._lora.launcher(silu_mul_rows, (self._num_rows - base, triton.cdiv(width, block)))(
                 gate_up[base:], gate_up.stride(0), out[base:], out.stride(0),
                 self._rest, self._rest.stride(0), *common,
                 WIDTH=width, BLOCK=block, UNIT=self._lora.unit, LEAD=LEAD_ROWS, RANK_ONE=rank_one,
@@ -88,7 +88,8 @@ class FusedLora:
             )  # fmt: skip
         if self._plan.num_wide:
             block, num_blocks, warps, stages = SILU_TILES
-            silu_mul_tiles[triton.cdiv(width, block * num_blocks), self._plan.num_wide](
+            grid = (triton.cdiv(width, block * num_blocks), self._plan.num_wide)
+            self._lora.launcher(silu_mul_tiles, grid)(
                 gate_up, gate_up.stride(0), out, out.stride(0), self._bounds[GATE_UP], *common,
                 WIDTH=width, BLOCK=block, NUM_BLOCKS=num_blocks, UNIT=self._lora.unit,
                 BLOCK_T=BLOCK_TOKENS[WIDE], BLOCK_R=TILE_RANK, IS_LONG=self._plan.is_long,
@@ -126,7 +127,7 @@ class FusedLora:
             block = triton.next_power_of_2(width)
             # Registers hold so many elements of B; those of 32 bits count twice.
             share = (1 + self._lora.is_exact) * block
-            rms_norm_rows[(num_rows,)](
+            self._lora.launcher(rms_norm_rows, (num_rows,))(
                 x[base:], x.stride(0), residual[base:], residual.stride(0), rows, weight,
                 out[base:], out.stride(0), eps, lists, lists.stride(0), *common,
                 WIDTH=width, BLOCK=block, HAS_CHOSEN=rows is not None, UNIT=self._lora.unit,
@@ -137,7 +138,7 @@ class FusedLora:
         if self._plan.num_wide and rows is None:
             block, tokens, warps, stages = NORM_TILES
             pieces = BLOCK_TOKENS[WIDE] // tokens
-            rms_norm_tiles[(self._plan.num_wide * pieces,)](
+            self._lora.launcher(rms_norm_tiles, (self._plan.num_wide * pieces,))(
                 x, x.stride(0), residual, residual.stride(0), weight, out, out.stride(0), eps,
                 self._bounds[group], *common,
                 WIDTH=width, BLOCK=block, UNIT=self._lora.unit, BLOCK_T=tokens, PIECES=pieces,
@@ -176,7 +177,7 @@ class FusedLora:
         if self._plan.has_rows:
             block, rank, warps = WRITE_ROWS
             blocks = triton.cdiv(heads, block) + 2 * triton.cdiv(kv_heads, block)
-            write_kv_rows[self._num_rows - base, blocks](
+            self._lora.launcher(write_kv_rows, (self._num_rows - base, blocks))(
                 qkv[base:], qkv.stride(0), positions[base:], slots[base:],
                 table, kv_pages, kv_pages.stride(0),
                 *extra, self._rest, self._rest.stride(0), *common, **shape, HEADS=block, BLOCK_R=rank,
@@ -185,10 +186,11 @@ class FusedLora:
         if self._plan.num_wide:
             block, warps, stages = WRITE_TILES_EXACT if self._lora.is_exact else WRITE_TILES
             blocks = triton.cdiv(heads, block) + 2 * triton.cdiv(kv_heads, block)
-            write_kv_tiles[blocks, self._plan.num_wide](
+            self._lora.launcher(write_kv_tiles, (blocks, self._plan.num_wide))(
                 qkv, qkv.stride(0), positions, slots, table, kv_pages, kv_pages.stride(0), *extra,
-                self._bounds[QKV], *common, **shape, HEADS=block, BLOCK_T=BLOCK_TOKENS[WIDE], BLOCK_R=TILE_RANK,
-                IS_LONG=self._plan.is_long, EXACT=self._lora.is_exact, num_warps=warps, num_stages=stages,
+                self._bounds[QKV], *common, **shape, HEADS=block, BLOCK_T=BLOCK_TOKENS[WIDE],
+                BLOCK_R=TILE_RANK, IS_LONG=self._plan.is_long, EXACT=self._lora.is_exact,
+                num_warps=warps, num_stages=stages,
             )  # fmt: skip
         of_heads: torch.Tensor = qkv.unflatten(1, (heads + 2 * kv_heads, dim))
         return of_heads[:, :heads]

@@ -1,8 +1,8 @@
 """silu_mul over y + B h for CUDA: gate and up get their adapters on the way into the activation.
 
 Rows of decode steps and short chunks are one to LEAD_ROWS to a program where few share an adapter, and tiles
-for the matrix unit where many do, as long chunks are. A row without adapter costs what it costs in `activation.cuda`. y + B h is rounded to the dtype, as if
-it had been written and read.
+for the matrix unit where many do, as long chunks are. A row without adapter costs what it costs in
+`activation.cuda`. y + B h is rounded to the dtype, as if it had been written and read.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"

@@ -39,7 +39,7 @@ def write_kv_rows(
     HALF: tl.constexpr, HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
     UNIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Grid: rows, blocks of HEADS heads of q, of k and of v. Of a dense tile, each row has one head of them."""
+    """Grid: rows, blocks of HEADS heads of q, of k and of v. Each row of a dense tile has one head."""
     leader = tl.program_id(0)
     count = tl.load(rows + leader)
     tile = tl.load(rows + max_rows + leader)
@@ -64,7 +64,7 @@ def write_kv_rows(
 
 @triton.jit
 def _find_heads(block, NUM_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEADS: tl.constexpr):
-    """(module, its first head in the projection, the block's first head in the module, the module's heads)."""
+    """(module, its first head in the projection, the block's in the module, its number of heads)."""
     q_blocks: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
     kv_blocks: tl.constexpr = (KV_HEADS + HEADS - 1) // HEADS
     is_q = block < q_blocks
@@ -119,8 +119,8 @@ def write_kv_tiles(
 ):  # fmt: skip
     """Grid: blocks of HEADS heads of q, of k and of v, wide tiles."""
     record = tiles + (tl.load(bounds + 2) + tl.program_id(1)) * TILE_STRIDE
-    _tile(tl.program_id(0), 0, tl.load(record + RECORD_FIRST), record, qkv, qkv_stride, positions, slots, table,
-          pages, page_stride, bias, q_norm, k_norm, eps, h, memory, words, layer,
+    _tile(tl.program_id(0), 0, tl.load(record + RECORD_FIRST), record, qkv, qkv_stride, positions, slots,
+          table, pages, page_stride, bias, q_norm, k_norm, eps, h, memory, words, layer,
           NUM_HEADS, KV_HEADS, PAGE_SIZE, DIM, HALF, HEADS, HEADS, HAS_BIAS, HAS_NORM, UNIT, BLOCK_T,
           BLOCK_R, IS_LONG, EXACT)  # fmt: skip
 

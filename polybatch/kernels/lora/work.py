@@ -150,6 +150,17 @@ class LoraPlan:
 GRAPH_PLAN = LoraPlan()
 
 
+def common_mixed_plans() -> list[LoraPlan]:
+    """Plans that together launch every kernel of mixed steps whose adapters cover all modules."""
+    plans = []
+    for rank in (8, 16, 32, 64):
+        ranks = tuple(
+            1 << (min(max(rank * len(group), BLOCK_RANK), MAX_WIDE_RANK) - 1).bit_length() for group in GROUPS
+        )
+        plans.append(LoraPlan(((True, True),), wide_ranks=ranks, is_long=rank > BLOCK_RANK, num_wide=1))
+    return plans
+
+
 def arrays(limits: LoraLimits) -> dict[str, tuple[tuple[int, ...], type[np.int32]]]:
     """Name -> (shape, dtype) of the arrays that `fill` writes and the kernels read."""
     num_groups = len(GROUPS)
@@ -343,4 +354,13 @@ def _rounds(sizes: Array, capacity: int) -> tuple[list[int], Array]:
     return edges, starts
 
 
-__all__ = ["GRAPH_PLAN", "GroupShape", "LoraLimits", "LoraPlan", "arrays", "fill", "group_shapes"]
+__all__ = [
+    "GRAPH_PLAN",
+    "GroupShape",
+    "LoraLimits",
+    "LoraPlan",
+    "arrays",
+    "common_mixed_plans",
+    "fill",
+    "group_shapes",
+]
