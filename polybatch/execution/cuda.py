@@ -11,6 +11,7 @@ On `device="cpu"` the same code runs in Triton's interpreter, for tests.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
@@ -32,7 +33,7 @@ from polybatch.execution.vocabulary import patch_logits
 from polybatch.kernels import sample
 from polybatch.kernels.linear.cuda import LinearWorkspace, pack
 from polybatch.kernels.lora.cuda import CudaLora
-from polybatch.kernels.lora.work import GRAPH_PLAN, LoraPlan, group_shapes
+from polybatch.kernels.lora.work import GRAPH_PLAN, LoraPlan, common_mixed_plans, group_shapes
 from polybatch.kernels.ragged_attention.cuda import choose_tiles
 from polybatch.kernels.ragged_attention.work import Heads, Work
 from polybatch.kernels.sample.cuda import DeviceSampler, SampleParams
@@ -298,6 +299,11 @@ class CudaExecutor:
             if is_first:
                 params = SampleParams(*(stage.fields.on[name] for name in sample.arrays(0)))
                 self._sampler.sample(logits, params, self._shared.sampled, self._finite)
+        if self._ranks.size == 1:
+            with self._shared.lora.rehearsal(os.cpu_count() or 1):
+                for plan in common_mixed_plans():
+                    operations = StageOperations(stage, num_rows, lora=plan, works=works)
+                    run_layers(self._weights, self._space, operations, rows, num_rows)
 
     def _fits_graph(self, filled: Filled, size: int) -> bool:
         """Whether a graph of this size launches all that the step needs."""
