@@ -52,7 +52,8 @@ def lines_of(client: openai.OpenAI, file_id: str | None) -> dict[str, dict[str, 
     """Lines of an output or error file by custom_id, none of them twice."""
     if file_id is None:
         return {}
-    lines = [json.loads(line) for line in client.files.content(file_id).text.splitlines()]
+    # Of bytes: texts know more ends of lines than JSON does.
+    lines = [json.loads(line) for line in client.files.content(file_id).read().splitlines()]
     found = {line["custom_id"]: line for line in lines}
     assert len(found) == len(lines)
     return found

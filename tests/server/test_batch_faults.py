@@ -46,7 +46,6 @@ def test_killing_the_server_loses_and_repeats_no_row(
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
     assert found.keys() == {f"r{i}" for i in range(300)}
-    assert not list((tmp_path / "work").iterdir())
     for asked in ROWS[::50]:
         alone = server.complete(**asked["body"]).json()["choices"][0]["text"]
         assert found[asked["custom_id"]] == alone

@@ -162,7 +162,8 @@ class BatchService:
 
     def _check_room(self, tenant: str) -> None:
         config = self._state.config
-        count = sum(process.batch.tenant == tenant for process in self._processes.values())
+        batches = [process.batch for process in self._processes.values()]
+        count = sum(batch.tenant == tenant and not batch.status.is_over for batch in batches)
         if count >= config.max_tenant_batches:
             raise HttpError(
                 429, f"{count} batches are under way, the limit is {config.max_tenant_batches}: wait for one",

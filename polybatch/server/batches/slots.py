@@ -2,8 +2,8 @@
 
 Rows go to the engine in the lowest class: interactive requests are admitted before them, and take slots and
 pages from them. What is left to bound is how long steps take: while interactive requests run, rows of batches
-get half of the free slots; while one of them waits, no further row is sent. Among batches the nearest deadline
-goes first.
+get half of the free slots; while one of them waits, no further row is sent. Among batches the one with the
+nearest deadline goes first.
 """
 
 from __future__ import annotations
