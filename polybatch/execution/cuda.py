@@ -11,6 +11,7 @@ On `device="cpu"` the same code runs in Triton's interpreter, for tests.
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -358,9 +359,15 @@ class CudaExecutor:
         }
 
     def close(self) -> None:
-        """Wait for the device. Its memory goes with the last reference to the executor."""
+        """Wait for the device and give its memory back."""
         if self._is_cuda:
             torch.cuda.synchronize(self._device)
+        self._graphs = None
+        for name in ("_shared", "_mixed", "_decode", "_space", "_weights", "_adapters", "_sampler", "memory"):
+            self.__dict__.pop(name, None)
+        if self._is_cuda:
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 class CudaLaunch:
