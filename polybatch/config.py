@@ -137,8 +137,10 @@ class SchedulerConfig:
 
     max_num_batched_tokens: token budget of a step for prefill; decodes are never held back by it.
     max_num_seqs: sequences that run at once. max_model_len: prompt + output, in tokens.
-    policy: "fcfs", "priority" or "fair" (between tenants). reserve_pages: pages that only running sequences and adapters may be the
-    first to use; idle prefixes are evicted before.
+    max_scored_tokens: of prompts whose logits are asked for, in one step; None for no limit of its own.
+    policy: "fcfs", "priority" or "fair" (between tenants).
+    reserve_pages: pages that only running sequences and adapters may be the first to use; idle prefixes are
+        evicted before.
     """
 
     max_num_batched_tokens: int = 2048

@@ -50,7 +50,7 @@ class SamplingParams:
     stop_token_ids: token ids; the output ends with it. ignore_eos: only the lengths end it.
     max_tokens: None means up to max_model_len. min_tokens: no stop before so many.
     logprobs: best alternatives returned per output token; prompt_logprobs: per prompt token.
-    structured: what the output must look like; its grammar decides where it may end, whatever ignore_eos says.
+    structured: what the output must look like; where it may end is for its grammar, not for ignore_eos.
 
     Raises RequestError that names the field, its value and its limits.
     """
@@ -108,7 +108,7 @@ class SamplingParams:
             if not isinstance(self.structured, StructuredSpec):
                 raise _bad("structured", self.structured, "a StructuredSpec or None")
             if self.min_tokens:
-                raise _bad("min_tokens", self.min_tokens, "0 beside structured output, which ends by its form")
+                raise _bad("min_tokens", self.min_tokens, "0 beside structured output: its form ends it")
 
     def _check_logit_bias(self) -> None:
         if not isinstance(self.logit_bias, dict):

@@ -65,6 +65,7 @@ def test_a_prefix_that_sequences_share_is_attended_once_with_the_same_result(wei
         driver.step([(seqs[0], 128)], LogitRows.NONE)
         for seq in seqs:
             seq.num_computed = 128
+        # Chunks of several tokens, more than a step has room for in groups, and then single ones.
         driver.step([(seq, 3) for seq in seqs], LogitRows.NONE)
         found.append(driver.step([(seq, 1) for seq in seqs], LogitRows.LAST))
     torch.testing.assert_close(found[1].cpu(), found[0], rtol=1e-4, atol=1e-4)
