@@ -453,13 +453,9 @@ class Scheduler:
         is_forking = request_id in self._parked and seq.num_computed >= seq.num_prompt
         if track.namespace is not None:
             track.node = self._arena.tree.insert(
-                track.namespace,
-                track.cache_keys,
-                seq.num_computed,
-                seq.pages,
-                track.node,
+                track.namespace, track.cache_keys, seq.num_computed, seq.pages, track.node,
                 with_partial=is_forking,
-            )
+            )  # fmt: skip
             if seq.num_uncomputed > 1:
                 self._inflight.update(track)
             else:
