@@ -131,7 +131,8 @@ def _start_tracing(state: ServerState) -> Callable[[], None]:
         raise ConfigError(f"{error.name} is not installed: pip install 'polybatch[tracing]'") from error
     model = state.config.served_model_names[0]
     state.llm.observer = RequestTracer(provider.get_tracer("polybatch"), model, state.meter)
-    return provider.shutdown
+    shutdown: Callable[[], None] = provider.shutdown
+    return shutdown
 
 
 async def _stop_when_failed(llm: AsyncLLM, server: uvicorn.Server) -> None:
