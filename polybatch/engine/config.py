@@ -164,6 +164,11 @@ def resolve(
             reserve_pages = int((1 - CACHE_SHARE) * num_pages)
     else:
         num_pages = parse_bytes(config.memory) // all_layers
+        if executor == "cuda" and num_pages * all_layers > available_bytes:
+            raise ConfigError(
+                f"memory is {config.memory!r}, but beside weights and buffers the GPU has room for pages of "
+                f"{available_bytes:,} bytes: lower memory, or leave it out to take all of that"
+            )
         reserve_pages = 0
     if num_pages < 2 or (config.max_model_len is not None and num_pages < pages_per_seq):
         raise ConfigError(

@@ -64,6 +64,11 @@ def test_a_gpu_takes_all_that_is_left_and_larger_steps() -> None:
     assert config.max_num_logits == 1024 + 256
 
 
+def test_a_pool_larger_than_what_a_gpu_has_left_is_refused_before_it_is_taken() -> None:
+    with pytest.raises(ConfigError, match=r"memory is '5GiB'.*room for pages of 4,294,967,296 bytes"):
+        resolved(available=4 * GIB, device="cuda", memory="5GiB")
+
+
 def test_auto_means_bfloat16_on_the_compiled_cpu_executor() -> None:
     config = resolved()
     assert (config.dtype, config.device, config.executor) == ("bfloat16", "cpu", "cpu")
