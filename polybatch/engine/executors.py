@@ -38,7 +38,6 @@ def settle(config: EngineConfig, spec: ModelSpec, adapter_bytes: int = 0) -> Res
         raise ConfigError(
             "device is 'cuda', but torch finds no GPU: use device='cpu', executor='cpu' or 'auto'"
         )
-    available = available_memory()
     if executor_name(config) == "cuda":
         from polybatch.execution.cuda_memory import pool_bytes
         from polybatch.execution.ranks import RESERVE_BYTES
@@ -54,6 +53,8 @@ def settle(config: EngineConfig, spec: ModelSpec, adapter_bytes: int = 0) -> Res
         )  # fmt: skip
         if config.tensor_parallel_size > 1:
             available = max(0, available - RESERVE_BYTES)
+    else:
+        available = available_memory()
     return resolve(config, spec, page_bytes(config, spec), available, adapter_bytes)
 
 

@@ -150,6 +150,7 @@ class CudaExecutor:
             torch.zeros(2, max_num_seqs, dtype=torch.int32, pin_memory=self._is_cuda) for _ in range(RING)
         ]
         self._num_launches = 0
+        self._may_truncate = False
         self._sampled_at: dict[Sequence, int] = {}
         self._graphs: GraphLadder | None = None
         self.startup_s = {"weights": loaded - began}

@@ -412,3 +412,16 @@ def test_stats_count_requests_tokens_and_time_by_phase(stub: type[FakeExecutor])
     assert min(times.plan_s, times.forward_s, times.commit_s, times.output_s) > 0
     assert (times.sample_s > 0) == (stub is FakeExecutor)
     assert 0 < times.overhead < 1
+
+
+def test_a_limit_on_scored_tokens_changes_steps_and_not_scores() -> None:
+    found = []
+    for limit in (None, 8):
+        core = make_core(max_scored_tokens=limit)
+        for key in range(3):
+            params = SamplingParams(max_tokens=4, temperature=0, prompt_logprobs=1, ignore_eos=True)
+            core.add_request(str(key), [key, *range(20 + key)], params)
+        outputs = run(core)
+        found.append({k: (o.outputs, o.prompt_logprobs) for k, o in outputs.items()})
+        assert (core.stats().times.num_steps > 7) == (limit is not None)
+    assert found[0] == found[1]
