@@ -238,7 +238,7 @@ def time_steps(executor: CudaExecutor, quick: bool, scale: int) -> dict[str, Any
 
 
 def time_large(config: str, make: Callable[..., Build], quick: bool, scale: int) -> dict[str, Any]:
-    build = make(config, dtype="bfloat16", num_pages=7680 if scale > 64 else 2000,
+    build = make(config, dtype="bfloat16", num_pages=14336 if scale > 64 else 2000,
                  max_num_tokens=16 * scale + 64, max_num_seqs=64, max_model_len=16 * scale + 64)  # fmt: skip
     (one, two), starts = both(build, lambda executor: time_steps(executor, quick, scale))
     figures: dict[str, Any] = {"startup_s": starts}
