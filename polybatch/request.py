@@ -150,6 +150,39 @@ class AdapterRef:
 
 
 @dataclass(frozen=True, slots=True)
+class Deadlines:
+    """When a request's tokens are due, in seconds; None where nothing is promised.
+
+    ttft_s: first token, from arrival. tpot_s: each further token after the one before.
+    e2e_s: last token, from arrival. Raises RequestError for what is not positive.
+    """
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    e2e_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("ttft_s", "tpot_s", "e2e_s"):
+            value = getattr(self, name)
+            if value is not None:
+                _check_number(name, value, 1e-6, 1e9, "a positive number of seconds")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkflowStage:
+    """A request's place in a workflow of several calls with one deadline.
+
+    workflow_id: equal for all calls of one workflow. stage: this call's kind. due_s: when the whole workflow
+    must end, on the engine's clock. remaining: kinds of the stages that are expected after this one.
+    """
+
+    workflow_id: str
+    stage: str
+    due_s: float
+    remaining: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """What the user asked, resolved and checked. Immutable.
 
@@ -158,7 +191,8 @@ class Request:
     priority: lower first. arrival_s: on the engine's clock. cache_salt: prefixes are shared only
     between equal salts. tenant: on whose account it runs; of a set that is bounded.
     num_shared_tokens: so many tokens at the prompt's beginning are known to all, and their KV is shared
-    whatever the salt; what follows is not.
+    whatever the salt; what follows is not. deadlines, workflow: what the policy `deadline` goes by.
+    expected_tokens: of output, where somebody knows better than max_tokens; an estimate, never a limit.
     """
 
     request_id: str
@@ -174,6 +208,9 @@ class Request:
     cache_salt: str = ""
     tenant: str = ""
     num_shared_tokens: int = 0
+    deadlines: Deadlines | None = None
+    workflow: WorkflowStage | None = None
+    expected_tokens: int | None = None
 
 
 class FinishReason(enum.StrEnum):
