@@ -110,7 +110,7 @@ class LogitRecorder:
         self.counter.add(plan)
         sampled = [chunk for chunk in plan.chunks if chunk.logits is LogitRows.LAST]
         for chunk, row in zip(sampled, logits, strict=True):
-            self.logits.setdefault(chunk.seq.request.request_id, []).append(row.clone())
+            self.logits.setdefault(chunk.seq.request.request_id, []).append(row.to("cpu", copy=True))
         return logits
 
     def release(self, seq: RunningSequence) -> None:
@@ -235,7 +235,7 @@ def score(executor: Executor, tokens: Sequence[int], first: int, chunk_tokens: i
     for start in range(0, len(tokens), chunk_tokens):
         chunk = Chunk(seq, start, min(chunk_tokens, len(tokens) - start), LogitRows.ALL)
         logits = executor.forward(StepPlan(chunks=(chunk,)), {})
-        parts.append(logits[max(0, first - 1 - start) :].clone())
+        parts.append(logits[max(0, first - 1 - start) :].to("cpu", copy=True))
     executor.release(seq)
     return torch.cat(parts)
 
