@@ -138,7 +138,7 @@ class SchedulerConfig:
     max_num_batched_tokens: token budget of a step for prefill; decodes are never held back by it.
     max_num_seqs: sequences that run at once. max_model_len: prompt + output, in tokens.
     max_scored_tokens: of prompts whose logits are asked for, in one step; None for no limit of its own.
-    policy: "fcfs", "priority" or "fair" (between tenants).
+    policy: one of `polybatch.scheduling.policies.POLICIES`.
     reserve_pages: pages that only running sequences and adapters may be the first to use; idle prefixes are
         evicted before.
     """
@@ -156,5 +156,7 @@ class SchedulerConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; it must be a positive integer")
-        if self.policy not in ("fcfs", "priority", "fair"):
-            raise ConfigError(f"policy is {self.policy!r}; it must be fcfs, priority or fair")
+        # The list of policies is above this room, and only its names are wanted here.
+        from polybatch.scheduling.policies import policy_named
+
+        policy_named(self.policy)

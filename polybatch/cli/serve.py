@@ -10,6 +10,7 @@ import typer
 
 from polybatch.cli.options import EngineOptions, with_engine
 from polybatch.errors import ConfigError
+from polybatch.scheduling.policies import POLICIES
 
 _HTTP, _LIMITS, _ACCESS = "HTTP", "Limits", "Access"
 KEY_VARIABLES = ("POLYBATCH_API_KEY", "VLLM_API_KEY")
@@ -136,7 +137,8 @@ def serve(
     scheduling_policy: Annotated[
         str,
         typer.Option(
-            rich_help_panel=_LIMITS, help="fcfs, priority (lower numbers first) or fair (between tenants)."
+            rich_help_panel=_LIMITS,
+            help="; ".join(f"{name}: {policy.summary}" for name, policy in POLICIES.items()),
         ),
     ] = "fcfs",
     enable_lora: Annotated[bool, typer.Option(hidden=True)] = True,

@@ -52,7 +52,7 @@ class EngineConfig:
         the available memory, or what max_num_seqs sequences of max_model_len can fill if that is less, and
         takes memory for more than half of it only while running sequences need it.
     max_num_batched_tokens: prefill tokens per step. max_num_seqs: sequences that run at once.
-    policy: "fcfs", "priority" or "fair". executor: "auto", "cpu" (compiled) or "eager" (the torch reference).
+    policy: one of `polybatch.scheduling.policies.POLICIES`. executor: "auto", "cpu" (compiled) or "eager" (the torch reference).
     threads: of the executor; None is one per processor that this process may use.
     tensor_parallel_size: GPUs of this host that share the model, from `device` on.
     seed: for requests without their own.

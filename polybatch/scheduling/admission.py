@@ -20,12 +20,13 @@ from polybatch.scheduling.track import Track
 
 @dataclass(slots=True)
 class PlanDraft:
-    """A plan while it is made.
+    """A plan while it is made, at the time `now`.
 
     copy_sources: pages that copies of this plan read, held until the plan is complete: loads of the same plan
     are carried out before the copies and must not land in them. num_scored: prompt tokens with logits.
     """
 
+    now: float = 0.0
     chunks: list[Chunk] = field(default_factory=list)
     copies: list[PageCopy] = field(default_factory=list)
     loads: list[AdapterLoad] = field(default_factory=list)

@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from polybatch.memory.adapter_cache import ResidentAdapter
 from polybatch.memory.prefix_tree import Node
 from polybatch.request import Sequence
-from polybatch.scheduling.policies import BATCH_PRIORITY, Key
+
+Key = tuple[float, ...]
+"""A place in a policy's order; smaller goes first."""
+
+BATCH_PRIORITY = 1 << 40
+"""`Request.priority` of rows of batches: after everything else, whatever the policy."""
 
 
 class Track:

@@ -11,9 +11,7 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Protocol
 
-from polybatch.scheduling.plan import StepPlan, StepResult
-from polybatch.scheduling.policies import Key
-from polybatch.scheduling.track import Track
+from polybatch.scheduling.track import Key, Track
 
 
 class Waiting(Protocol):
@@ -28,14 +26,6 @@ class Waiting(Protocol):
     def push(self, track: Track) -> None: ...
 
     def remove(self, track: Track) -> None: ...
-
-    def admitted(self, track: Track) -> None:
-        """A track was removed to run for the first time; its pages are known, its key may still change."""
-        ...
-
-    def served(self, plan: StepPlan, result: StepResult) -> None:
-        """A step brought these tokens."""
-        ...
 
 
 class WaitingQueue:
@@ -80,12 +70,6 @@ class WaitingQueue:
         if self._first > 64 and self._first * 2 > len(self._keys):
             del self._keys[: self._first], self._tracks[: self._first]
             self._first = 0
-
-    def admitted(self, track: Track) -> None:
-        """The order does not depend on what was served."""
-
-    def served(self, plan: StepPlan, result: StepResult) -> None:
-        """The order does not depend on what was served."""
 
     def _key(self, at: int) -> Key:
         key = self._keys[at]

@@ -12,9 +12,10 @@ from collections import Counter
 
 from polybatch.config import PoolSpec, SchedulerConfig
 from polybatch.request import AdapterRef, Request, SamplingParams, Sequence, SequenceStatus
+from polybatch.scheduling.budget import MIN_PREFILL_TOKENS
 from polybatch.scheduling.plan import Chunk, LogitRows, StepPlan, StepResult
 from polybatch.scheduling.policies import BATCH_PRIORITY
-from polybatch.scheduling.scheduler import MIN_PREFILL_TOKENS, Scheduler
+from polybatch.scheduling.scheduler import Scheduler
 
 VOCAB = 5
 EOS = 0
@@ -171,7 +172,7 @@ class Driver:
         """Plan a step and check what must hold for every plan."""
         self.now += 1
         decoding = [seq for seq in self.live if seq.status is SequenceStatus.RUNNING and is_decoding(seq)]
-        first = self.scheduler._running[0].seq if self.scheduler._running else None
+        first = self.scheduler._tracks.running[0].seq if self.scheduler._tracks.running else None
         plan = self.scheduler.plan(self.now)
         if plan is None:
             assert not self.live

@@ -11,8 +11,8 @@ from scheduling_helpers import Driver, pool_of, request_of
 
 from polybatch.config import SchedulerConfig
 from polybatch.request import Request, Sequence, SequenceStatus
-from polybatch.scheduling.fairness import INPUT_WEIGHT, OUTPUT_WEIGHT, FairQueue
 from polybatch.scheduling.policies import BATCH_PRIORITY
+from polybatch.scheduling.policies.fair import INPUT_WEIGHT, OUTPUT_WEIGHT, FairQueue
 
 MAX_PROMPT, MAX_OUTPUT = 12, 16
 
@@ -28,7 +28,7 @@ class Ledger(Driver):
 
     @property
     def queue(self) -> FairQueue:
-        queue = self.scheduler._waiting
+        queue = self.scheduler._tracks.waiting
         assert isinstance(queue, FairQueue)
         return queue
 

@@ -8,8 +8,8 @@ from scheduling_helpers import Driver, adapter_of, is_decoding, pool_of, request
 from polybatch.config import SchedulerConfig
 from polybatch.errors import ConfigError, EngineError, RequestError
 from polybatch.request import FinishReason, SequenceStatus
+from polybatch.scheduling.budget import MIN_PREFILL_TOKENS
 from polybatch.scheduling.plan import LogitRows, StepResult
-from polybatch.scheduling.scheduler import MIN_PREFILL_TOKENS
 
 
 def shape(driver: Driver) -> list[tuple[str, int, int, LogitRows]]:

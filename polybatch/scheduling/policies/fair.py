@@ -1,4 +1,4 @@
-"""Token-fair sharing between tenants: the waiting queue of the policy `fair`.
+"""Token-fair sharing between tenants.
 
 Each tenant has a virtual counter of the service that it was given: tokens computed for its prompts and tokens
 generated for it, the latter weighted double. The next to be admitted is the earliest request of the tenant
@@ -20,12 +20,18 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, ClassVar
 
 from polybatch.request import Request
 from polybatch.scheduling.plan import StepPlan, StepResult
-from polybatch.scheduling.policies import BATCH_PRIORITY
-from polybatch.scheduling.track import Track
-from polybatch.scheduling.waiting import Waiting, WaitingQueue
+from polybatch.scheduling.policies.base import Policy
+from polybatch.scheduling.track import BATCH_PRIORITY, Key, Track
+from polybatch.scheduling.waiting import WaitingQueue
+
+if TYPE_CHECKING:
+    from polybatch.config import SchedulerConfig
+    from polybatch.memory.arena import Arena
+    from polybatch.scheduling.costs import StepCosts
 
 INPUT_WEIGHT = 1
 OUTPUT_WEIGHT = 2
@@ -134,6 +140,24 @@ class FairQueue:
         counters[account] = max(counters.get(account, 0), min(others, default=0))
 
 
-def queue_for(policy: str) -> Waiting:
-    """The waiting queue that a policy needs."""
-    return FairQueue() if policy == "fair" else WaitingQueue()
+class Fair(Policy):
+    """First come, first served within a tenant; between tenants the smallest counter."""
+
+    summary: ClassVar[str] = "equal service for tenants"
+
+    def __init__(self, config: SchedulerConfig, arena: Arena, costs: StepCosts | None = None) -> None:
+        super().__init__(config, arena, costs)
+        self._queue = FairQueue()
+
+    def key(self, request: Request, order: int, now: float) -> Key:
+        """While it waits; whoever is admitted gets a key that begins with 0, or 1 for rows of batches."""
+        return (2, order)
+
+    def queue(self) -> FairQueue:
+        return self._queue
+
+    def admitted(self, track: Track, now: float) -> None:
+        self._queue.admitted(track)
+
+    def served(self, plan: StepPlan, result: StepResult) -> None:
+        self._queue.served(plan, result)

@@ -1,0 +1,80 @@
+"""What a policy may decide, each with a plain default: first come, first served.
+
+A policy is one object per scheduler. A hook that is not overridden costs a call per step at most. Whatever
+a policy decides, the scheduler keeps the laws: pages and budgets hold, rows of batches come after live
+requests, and nothing that a step has planned already is preempted in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from polybatch.request import Request
+from polybatch.scheduling.budget import PrefillBudget, StepSoFar
+from polybatch.scheduling.track import BATCH_PRIORITY, Key, Track
+from polybatch.scheduling.waiting import Waiting, WaitingQueue
+
+if TYPE_CHECKING:
+    from polybatch.config import SchedulerConfig
+    from polybatch.memory.arena import Arena
+    from polybatch.scheduling.costs import StepCosts
+    from polybatch.scheduling.plan import StepPlan, StepResult
+
+
+class Policy:
+    """First come, first served, and the seam that other policies override.
+
+    arena: to be looked at only. costs: predicts a step's time; None where nothing is known about it.
+    """
+
+    summary: ClassVar[str] = "first come, first served"
+
+    def __init__(self, config: SchedulerConfig, arena: Arena, costs: StepCosts | None = None) -> None:
+        self.config = config
+        self.arena = arena
+        self.costs = costs
+        self._budget = PrefillBudget(config, arena, costs)
+
+    def key(self, request: Request, order: int, now: float) -> Key:
+        """A request's place when it is added; smaller goes first.
+
+        It sorts the running sequences, and the waiting ones unless `queue` does otherwise.
+        order: counts sequences in order of arrival and must be the key's last element: keys are unique. Rows
+        of batches must come after all others. A preempted sequence keeps its key, which puts it before
+        everything of its class that came later.
+        """
+        return (1 if request.priority >= BATCH_PRIORITY else 0, order)
+
+    def queue(self) -> Waiting:
+        """The waiting queue; asked for once."""
+        return WaitingQueue()
+
+    def prefills(self, running: list[Track], now: float) -> list[Track]:
+        """In which order running prefills get chunks. running: by their keys, all live or all of batches."""
+        return running
+
+    def prefill_budget(self, step: StepSoFar) -> int:
+        """Prefill tokens of this step, given the decodes that it carries already; at least 1."""
+        return self._budget.tokens(step)
+
+    def victim(self, candidates: Sequence[Track]) -> Track:
+        """Who loses its pages where they run out.
+
+        candidates: at least one, by their keys: those after the one that needs pages, or the rows of batches
+        where they make way for live requests. None is in this step's plan yet.
+        """
+        return candidates[-1]
+
+    def to_abort(self, now: float) -> Iterable[tuple[Track, str]]:
+        """Who is to end at once, and what they are told; asked for before a step is planned."""
+        return ()
+
+    def admitted(self, track: Track, now: float) -> None:
+        """A track starts for the first time; its pages are known, its key may still change."""
+
+    def served(self, plan: StepPlan, result: StepResult) -> None:
+        """A step brought these tokens."""
+
+    def finished(self, track: Track) -> None:
+        """A track ended, wherever it was; its sequence says why."""
