@@ -20,15 +20,25 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from polybatch.adapters.layout import ALIGN_BYTES
-from polybatch.kernels.lora.cuda_delta import RECORD_FIRST, RECORD_NUM_TOKENS, TILE_STRIDE, add_tile
+from polybatch.kernels.lora.cuda_delta import (
+    RECORD_FIRST,
+    RECORD_NUM_TOKENS,
+    TILE_STRIDE,
+    add_block,
+    load_b,
+    open_tile,
+    prefetch,
+)
 from polybatch.kernels.lora.work import (
     A_WORD,
     ABSENT,
@@ -69,17 +79,44 @@ EXPAND = {NARROW: Tuning(256, 4, 2), WIDE: Tuning(128, 4, 2)}
 EXPAND_RANK = 16
 PROGRAMS_PER_SM = 8
 BESIDE_PER_SM = 8
-# Groups whose shrink runs beside the base layer in graphs.
-BESIDE = set(range(len(GROUPS)))
+# Columns of A that a shrink sends for before it waits.
+_EARLY_COLUMNS = tl.constexpr(1024)
+
+
+class Order(Enum):
+    """When shrink runs: on a branch beside the base layer (in graphs; before it elsewhere), before or after."""
+
+    BESIDE = "beside"
+    BEFORE = "before"
+    AFTER = "after"
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How a layer's adapters are launched. orders: by group.
+
+    is_early: kernels over rows start while the one before ends; where branches of a graph meet they do not.
+    """
+
+    orders: tuple[Order, ...] = (Order.BESIDE,) * len(GROUPS)
+    is_early: bool = False
+
+
+SCHEDULE = Schedule()
 
 
 @triton.jit(do_not_specialize=["layer", "part_blocks", "num_parts"])
 def shrink_kernel(
     x, h, memory, words, tiles, items, bounds, stride_x, layer, part_blocks, num_parts,
     NUM_IN: tl.constexpr, UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, EXACT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One program: some rows of A against one part of the columns of x, for one tile at a time."""
+    """One program: some rows of A against one part of the columns of x, for one tile at a time.
+
+    EARLY: started beside the end of the kernel before; see `cuda_delta`.
+    """
+    if EARLY:
+        gdc_launch_dependents()
     first_item = tl.load(bounds)
     num_work = (tl.load(bounds + 1) - first_item) * num_parts
     for work in range(tl.program_id(0), num_work, tl.num_programs(0)):
@@ -98,6 +135,12 @@ def shrink_kernel(
         high = tl.minimum(low + part_blocks, (NUM_IN + BLOCK_K - 1) // BLOCK_K)
         t = tl.arange(0, BLOCK_T)
         k = tl.arange(0, BLOCK_K)
+        if EARLY:
+            r = first_block * BLOCK_R + tl.arange(0, BLOCK_R)
+            start = tl.load(words + word + r, mask=r < rank, other=-1)
+            prefetch(memory + start.to(tl.int64) * UNIT + low * BLOCK_K, start >= 0,
+                     tl.minimum(high * BLOCK_K, NUM_IN) - low * BLOCK_K, _EARLY_COLUMNS)  # fmt: skip
+            gdc_wait()
         x_rows = x + (first + t).to(tl.int64)[:, None] * stride_x
         for block in range(first_block, tl.minimum(first_block + per_item, num_blocks)):
             r = block * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -118,6 +161,8 @@ def shrink_kernel(
             # A row that this layer lacks is 0 even where x is infinite.
             total = tl.where(is_row[None, :], total, 0.0)
             tl.store(target, total, mask=(t < num_tokens)[:, None] & (r < rank)[None, :])
+    if EARLY:
+        gdc_wait()
 
 
 @triton.jit(do_not_specialize=["layer"])
@@ -133,9 +178,11 @@ def expand_kernel(
     is_even: tl.constexpr = (OUT_0 % BLOCK_N) + (OUT_1 % BLOCK_N) + (OUT_2 % BLOCK_N) == 0
     first_tile = tl.load(bounds + 2)
     num_work = (tl.load(bounds + 3) - first_tile) * num_blocks
+    adapters = (tiles, h, memory, words, layer)
     for work in range(tl.program_id(0), num_work, tl.num_programs(0)):
         block = work % num_blocks
-        record = tiles + (first_tile + work // num_blocks) * TILE_STRIDE
+        tile = first_tile + work // num_blocks
+        record = tiles + tile * TILE_STRIDE
         module = (block >= blocks_0).to(tl.int32) + (block >= blocks_0 + blocks_1).to(tl.int32)
         if tl.load(record + _MODULE + 3 * module) != _ABSENT:
             # Column of the module, and of the group's output.
@@ -150,8 +197,9 @@ def expand_kernel(
             at = y + (first + t).to(tl.int64)[:, None] * stride_y + offset + n[None, :]
             is_target = is_token[:, None] & is_column[None, :]
             before_it = tl.load(at, mask=is_target, other=0.0).to(tl.float32)
-            after = add_tile(before_it, t, is_token, record, n, is_column, h, memory, words, layer,
-                             module, UNIT, BLOCK_R, True, EXACT)  # fmt: skip
+            start, value, rest = open_tile(tile, t, is_token, module, adapters, BLOCK_R)
+            b = load_b(start, n, is_column, memory, UNIT)
+            after = add_block(before_it, value, b, rest, n, is_column, UNIT, BLOCK_R, True, EXACT)
             tl.store(at, after.to(y.dtype.element_ty), mask=is_target)
 
 
@@ -214,11 +262,13 @@ class CudaLora:
         round_: int = 0,
         *,
         is_beside: bool = False,
+        is_early: bool = False,
     ) -> None:
         """h of one round of one group. It may run beside the base layer: it reads x and writes h only.
 
         x: [T, in], rows contiguous. memory: the layer's pool, flat, in the dtype of x. words: from
-        `CudaAdapters`. arrays: device copies of what `work.fill` wrote.
+        `CudaAdapters`. arrays: device copies of what `work.fill` wrote. is_early: start narrow tiles while
+        the kernel before ends.
         """
         shape = self.shapes[group]
         for variant in _variants(plan, round_):
@@ -232,7 +282,7 @@ class CudaLora:
                 NUM_IN=shape.num_in, UNIT=self.unit, BLOCK_T=BLOCK_TOKENS[variant],
                 BLOCK_R=BLOCK_RANK if variant == NARROW else plan.wide_ranks[group],
                 BLOCK_K=tuning.columns, STAGES=tuning.num_stages, EXACT=self.is_exact,
-                num_warps=tuning.num_warps,
+                num_warps=tuning.num_warps, **early(is_early and variant == NARROW),
             )  # fmt: skip
 
     def shrink_beside(
@@ -246,21 +296,39 @@ class CudaLora:
         arrays: Mapping[str, torch.Tensor],
         plan: LoraPlan,
     ) -> None:
-        """Launch the base layer and shrink: side by side in a graph, whose branches cost little.
+        """Launch the base layer and shrink in the order of SCHEDULE.
 
         base: launches what reads x and writes y. What comes after on the current stream follows both.
         """
-        is_beside = self._side is not None and group in BESIDE and torch.cuda.is_current_stream_capturing()
-        if not is_beside or self._side is None:
-            self.shrink(group, layer, x, memory, words, arrays, plan)
-            base()
+        if not self._is_beside(group):
+            is_after = SCHEDULE.orders[group] is Order.AFTER
+            if is_after:
+                base()
+            self.shrink(
+                group, layer, x, memory, words, arrays, plan, is_early=SCHEDULE.is_early and x.is_cuda
+            )
+            if not is_after:
+                base()
             return
         main = torch.cuda.current_stream(x.device)
+        assert self._side is not None
         self._side.wait_stream(main)
         base()
         with torch.cuda.stream(self._side):
             self.shrink(group, layer, x, memory, words, arrays, plan, is_beside=True)
         main.wait_stream(self._side)
+
+    def is_early(self, group: int) -> bool:
+        """Whether what reads the group's y starts while the kernel before it ends."""
+        return SCHEDULE.is_early and self._side is not None and not self._is_beside(group)
+
+    def _is_beside(self, group: int) -> bool:
+        """A graph's branches cost little; elsewhere they cost more than they hide."""
+        return (
+            self._side is not None
+            and SCHEDULE.orders[group] is Order.BESIDE
+            and torch.cuda.is_current_stream_capturing()
+        )
 
     def expand(
         self,
@@ -313,9 +381,14 @@ class CudaLora:
             self.expand(group, layer, y, memory, words, arrays, plan, round_)
 
 
+def early(is_early: bool) -> dict[str, bool]:
+    """Options of a launch of a kernel that may start early."""
+    return {"EARLY": is_early, "launch_pdl": is_early}
+
+
 def _variants(plan: LoraPlan, round_: int) -> list[int]:
     has_narrow, has_wide = plan.rounds[round_]
     return [NARROW] * has_narrow + [WIDE] * has_wide
 
 
-__all__ = ["CudaLora", "Tuning", "expand_kernel", "shrink_kernel"]
+__all__ = ["CudaLora", "Order", "Schedule", "Tuning", "early", "expand_kernel", "shrink_kernel"]

@@ -1,6 +1,14 @@
 """The product y + B h in Triton, for a few rows or for a tile, as kernels that read y add it on the way.
 
 A tile's record and the words of its adapter say where the rows of B lie; see `lora.work`.
+
+`adapters` below is the tuple (tiles, h, memory, words, layer) that every kernel is given: records of a group's
+tiles, what shrink left, the layer's pool, where rows lie, and which layer it is.
+
+A kernel that starts early (programmatic dependent launch) runs beside the end of the one before. Until it
+waits, it may read what no kernel of a step writes: the step's lists, `words` and rows of adapters, which it
+sends for (`prefetch_b`). h, activations and all that is written come after the wait, and every program waits,
+with work or without, so that who comes after two kernels may rely on both.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
@@ -30,19 +38,51 @@ RECORD_FIRST, RECORD_NUM_TOKENS = tl.constexpr(FIRST), tl.constexpr(NUM_TOKENS)
 _H_START, _RANK, _STRIDE = tl.constexpr(H_START), tl.constexpr(RANK), tl.constexpr(STRIDE)
 _MODULE, RECORD_PARTS, _ABSENT = tl.constexpr(MODULE), tl.constexpr(PARTS), tl.constexpr(ABSENT)
 _MAX_PARTS = tl.constexpr(MAX_PARTS)
+_PREFETCH = tl.constexpr("""{
+    .reg .pred is_there;
+    setp.ne.u32 is_there, $2, 0;
+    @is_there prefetch.global.L2 [$1];
+    mov.b32 $0, 0;
+}""")
+
+
+@triton.jit
+def prefetch(rows, is_row, width, COLUMNS: tl.constexpr):
+    """Send for the first `width` columns of rows, at most COLUMNS, a power of 2: lines of 128 bytes to L2."""
+    line: tl.constexpr = 1024 // rows.dtype.element_ty.primitive_bitwidth
+    at = tl.arange(0, COLUMNS // line if COLUMNS > line else 1) * line
+    is_there = is_row[:, None] & (at < width)[None, :]
+    tl.inline_asm_elementwise(
+        _PREFETCH, "=r,l,r", [rows[:, None] + at[None, :], is_there.to(tl.int32)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def prefetch_b(tile, module, column, width, adapters, UNIT: tl.constexpr, COLUMNS: tl.constexpr):
+    """Send for a module's first rows of B, `width` columns from `column` on. Rows after them come in time."""
+    tiles, _, memory, words, layer = adapters
+    record = tiles + tile * TILE_STRIDE
+    b_word = tl.load(record + _MODULE + 3 * module)
+    if b_word != _ABSENT:
+        word = words + b_word + layer * tl.load(record + _STRIDE)
+        r = tl.arange(0, 16)
+        start = tl.load(word + 2 + r, mask=r < tl.load(record + _MODULE + 3 * module + 1), other=-1)
+        prefetch(memory + start.to(tl.int64) * UNIT + column, start >= 0, width, COLUMNS)
 
 
 @triton.jit
 def add_rows(
-    y, token, count, record, n, is_column, h, memory, words, layer,
-    module, UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr, STAGES: tl.constexpr = 1,
+    y, token, count, tile, module, n, is_column, adapters,
+    UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr = 1,
 ):  # fmt: skip
     """gain (y + B h) + bias for `count` tokens of a tile from `token` on, in float32.
 
-    y: [BLOCK_T, BLOCK_N] float32. n: [BLOCK_N] columns of the module. No matrix unit: for so few rows it
+    y: [BLOCK_T, N] float32. n: [N] columns of the module. No matrix unit: for so few rows it
     would wait for more than it computes, and one row would be padded to 16. STAGES: turns of B on their way.
     """
+    tiles, h, memory, words, layer = adapters
+    record = tiles + tile * TILE_STRIDE
     b_word = tl.load(record + _MODULE + 3 * module)
     if b_word != _ABSENT:
         num_tokens = tl.load(record + RECORD_NUM_TOKENS)
@@ -71,11 +111,14 @@ def add_rows(
 
 
 @triton.jit
-def find_module(record, t, module, h, words, layer):
-    """Where a module of a tile lies: (word of its gain, rows, h of tokens t, from one part of h to the next).
+def open_tile(tile, t, is_token, module, adapters, BLOCK_R: tl.constexpr):
+    """A module of a tile for blocks of columns: what `load_b` and `add_block` want.
 
-    No branch, so that what follows can be on its way at once. A module without adapter has no rows.
+    The first BLOCK_R rows of B and the sum of their h, then what finds the others. No branch, so that what
+    follows can be on its way at once. A module without adapter has no rows.
     """
+    tiles, h, memory, words, layer = adapters
+    record = tiles + tile * TILE_STRIDE
     b_word = tl.load(record + _MODULE + 3 * module)
     is_there = b_word != _ABSENT
     word = words + tl.where(is_there, b_word + layer * tl.load(record + _STRIDE), 0)
@@ -83,11 +126,14 @@ def find_module(record, t, module, h, words, layer):
     h_rank = tl.load(record + _RANK)
     first = tl.load(record + _H_START) + tl.load(record + _MODULE + 3 * module + 2)
     h_rows = h + first.to(tl.int64) + t * h_rank
-    return word, rank, is_there, h_rows, tl.load(record + RECORD_NUM_TOKENS) * h_rank
+    part_stride, num_parts = tl.load(record + RECORD_NUM_TOKENS) * h_rank, tl.load(record + RECORD_PARTS)
+    start = _load_starts(word, rank, 0, BLOCK_R)
+    value = _load_h(h_rows, part_stride, num_parts, is_token, rank, 0, BLOCK_R)
+    return start, value, (word, rank, is_there, h_rows, part_stride, num_parts, is_token, memory)
 
 
 @triton.jit
-def load_h(h_rows, part_stride, num_parts, is_token, rank, low, BLOCK_R: tl.constexpr):
+def _load_h(h_rows, part_stride, num_parts, is_token, rank, low, BLOCK_R: tl.constexpr):
     """[T, BLOCK_R] float32, the sum of h's parts in their order. Four are on their way at a time."""
     r = low + tl.arange(0, BLOCK_R)
     mask = is_token[:, None] & (r < rank)[None, :]
@@ -103,7 +149,7 @@ def load_h(h_rows, part_stride, num_parts, is_token, rank, low, BLOCK_R: tl.cons
 
 
 @triton.jit
-def load_starts(word, rank, low, BLOCK_R: tl.constexpr):
+def _load_starts(word, rank, low, BLOCK_R: tl.constexpr):
     """[BLOCK_R] int32, where rows of B begin, -1 for those that are missing."""
     r = low + tl.arange(0, BLOCK_R)
     return tl.load(word + 2 + r, mask=r < rank, other=-1)
@@ -117,7 +163,7 @@ def load_b(start, n, is_column, memory, UNIT: tl.constexpr):
 
 
 @triton.jit
-def add_product(y, value, b, EXACT: tl.constexpr):
+def _add_product(y, value, b, EXACT: tl.constexpr):
     """y + value b in float32. value is split into two 16-bit terms, so that nothing of it is lost."""
     if EXACT:
         y = tl.dot(value, b.to(tl.float32), y, input_precision="ieee")
@@ -130,37 +176,24 @@ def add_product(y, value, b, EXACT: tl.constexpr):
 
 
 @triton.jit
-def add_remainder(
-    y, word, rank, is_there, h_rows, part_stride, num_parts, is_token, n, is_column, memory,
+def add_block(
+    y, value, b, rest, n, is_column,
     UNIT: tl.constexpr, BLOCK_R: tl.constexpr, IS_LONG: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """What follows the first BLOCK_R rows: the other rows, if there may be any, gain and bias."""
+    """gain (y + B h) + bias for one block of columns of a tile, on the matrix unit. y: [T, N] float32.
+
+    value, rest: from `open_tile`. b: [BLOCK_R, N], its first rows. IS_LONG: whether there may be more.
+    """
+    word, rank, is_there, h_rows, part_stride, num_parts, is_token, memory = rest
+    y = _add_product(y, value, b, EXACT)
     if IS_LONG:
         for low in range(BLOCK_R, rank, BLOCK_R):
-            b = load_b(load_starts(word, rank, low, BLOCK_R), n, is_column, memory, UNIT)
-            value = load_h(h_rows, part_stride, num_parts, is_token, rank, low, BLOCK_R)
-            y = add_product(y, value, b, EXACT)
+            more = load_b(_load_starts(word, rank, low, BLOCK_R), n, is_column, memory, UNIT)
+            h = _load_h(h_rows, part_stride, num_parts, is_token, rank, low, BLOCK_R)
+            y = _add_product(y, h, more, EXACT)
     gain_start = tl.load(word, mask=is_there, other=-1)
     bias_start = tl.load(word + 1, mask=is_there, other=-1)
     return _scale(y, gain_start, bias_start, memory, n, is_column, UNIT)
-
-
-@triton.jit
-def add_tile(
-    y, t, is_token, record, n, is_column, h, memory, words, layer,
-    module, UNIT: tl.constexpr, BLOCK_R: tl.constexpr, IS_LONG: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """gain (y + B h) + bias for the tokens t of a tile, on the matrix unit. y: [T, N] float32.
-
-    IS_LONG: whether there may be more than BLOCK_R rows.
-    """
-    word, rank, is_there, h_rows, part_stride = find_module(record, t, module, h, words, layer)
-    num_parts = tl.load(record + RECORD_PARTS)
-    b = load_b(load_starts(word, rank, 0, BLOCK_R), n, is_column, memory, UNIT)
-    value = load_h(h_rows, part_stride, num_parts, is_token, rank, 0, BLOCK_R)
-    y = add_product(y, value, b, EXACT)
-    return add_remainder(y, word, rank, is_there, h_rows, part_stride, num_parts, is_token, n, is_column,
-                         memory, UNIT, BLOCK_R, IS_LONG, EXACT)  # fmt: skip
 
 
 @triton.jit

@@ -10,19 +10,19 @@ wide tiles; a step launches those for which it has work.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import triton
 
-from polybatch.errors import EngineError
 from polybatch.kernels.activation.cuda import silu_mul
-from polybatch.kernels.lora.cuda import CudaLora
+from polybatch.kernels.lora.cuda import CudaLora, early
 from polybatch.kernels.lora.cuda_rms_norm import rms_norm_rows, rms_norm_tiles
 from polybatch.kernels.lora.cuda_silu_mul import silu_mul_rows, silu_mul_tiles
 from polybatch.kernels.lora.cuda_write_kv import write_kv_rows, write_kv_tiles
 from polybatch.kernels.lora.work import BLOCK_TOKENS, GROUPS, LEAD_ROWS, NARROW, WIDE, LoraPlan
-from polybatch.kernels.norm.cuda import MAX_WIDTH, rms_norm
-from polybatch.kernels.write_kv.cuda import write_kv
+from polybatch.kernels.norm.cuda import checked_width, rms_norm
+from polybatch.kernels.write_kv.cuda import head_shape, queries_of, write_kv
 
 QKV, O, GATE_UP, DOWN = range(len(GROUPS))  # noqa: E741
 
@@ -31,8 +31,9 @@ QKV, O, GATE_UP, DOWN = range(len(GROUPS))  # noqa: E741
 SILU_ROWS = (512, 16, 8, 4)
 # Columns of a block, blocks of a program, warps, stages.
 SILU_TILES = (64, 8, 4, 3)
-# Elements of B in a turn for one token and for several, warps for 4,096 columns, turns on their way.
-NORM_ROWS = (1 << 16, 1 << 14, 16, 3)
+# Elements of B in a turn for one token and for several, warps for 4,096 columns, turns on their way, rows of a
+# program: a divisor of LEAD_ROWS, 1 beyond SHARED_WIDTH.
+NORM_ROWS = (1 << 16, 1 << 14, 16, 3, LEAD_ROWS)
 SHARED_WIDTH = 4096
 # Columns of a block, tokens, warps, stages.
 NORM_TILES = (256, 16, 4, 2)
@@ -49,7 +50,8 @@ class FusedLora:
     """One step's adapters, over device copies of what `work.fill` wrote.
 
     words: from `CudaAdapters`. num_rows: of the step. Methods take the layer's pool as `memory`, flat, in
-    the dtype of the activations; h of the group must have been computed by `CudaLora.shrink`.
+    the dtype of the activations; h of the group must have been computed by `CudaLora.shrink`. They raise
+    EngineError as the plain kernels do.
     """
 
     def __init__(
@@ -62,38 +64,34 @@ class FusedLora:
     ) -> None:
         self._lora, self._words, self._plan, self._num_rows = lora, words, plan, num_rows
         # Rows before these have no adapter and are the plain kernels'.
-        self._base = base = plan.num_base
+        self._base = plan.num_base
         self._rows = arrays["lora_rows"]
-        self._rest = self._rows[:, base:]
         self._tiles = [arrays["lora_tiles"][0, group] for group in range(len(GROUPS))]
         self._bounds = [arrays["lora_bounds"][0, WIDE, group] for group in range(len(GROUPS))]
 
     def silu_mul(self, layer: int, memory: torch.Tensor, gate_up: torch.Tensor, out: torch.Tensor) -> None:
         """`activation.cuda.silu_mul` of the base layer's gate_up [T, 2 N] and its adapters."""
-        width = out.shape[1]
-        common = (self._tiles[GATE_UP], self._lora.h, memory, self._words, layer)
-        base = self._base
+        width, base, is_early = out.shape[1], self._base, self._lora.is_early(GATE_UP)
         if base:
-            silu_mul(gate_up[:base], out=out[:base])
+            silu_mul(gate_up[:base], out=out[:base], is_early=is_early)
         if self._plan.has_rows:
             columns, rank_one, rank_few, warps = SILU_ROWS
             # The matrix unit takes 16 columns at least, of which each of LEAD_ROWS programs has so many.
             block = max(min(columns, triton.next_power_of_2(width)), 16 * LEAD_ROWS)
             self._lora.launcher(silu_mul_rows, (self._num_rows - base, triton.cdiv(width, block)))(
                 gate_up[base:], gate_up.stride(0), out[base:], out.stride(0),
-                self._rest, self._rest.stride(0), *common,
+                *self._of_rows(GATE_UP, layer, memory, base),
                 WIDTH=width, BLOCK=block, UNIT=self._lora.unit, LEAD=LEAD_ROWS, RANK_ONE=rank_one,
                 RANK_FEW=rank_few, BLOCK_T=BLOCK_TOKENS[NARROW], BLOCK_R=TILE_RANK, EXACT=self._lora.is_exact,
-                num_warps=warps,
+                num_warps=warps, **early(is_early),
             )  # fmt: skip
         if self._plan.num_wide:
             block, num_blocks, warps, stages = SILU_TILES
             grid = (triton.cdiv(width, block * num_blocks), self._plan.num_wide)
             self._lora.launcher(silu_mul_tiles, grid)(
-                gate_up, gate_up.stride(0), out, out.stride(0), self._bounds[GATE_UP], *common,
-                WIDTH=width, BLOCK=block, NUM_BLOCKS=num_blocks, UNIT=self._lora.unit,
-                BLOCK_T=BLOCK_TOKENS[WIDE], BLOCK_R=TILE_RANK, IS_LONG=self._plan.is_long,
-                EXACT=self._lora.is_exact, num_warps=warps, num_stages=stages,
+                gate_up, gate_up.stride(0), out, out.stride(0), *self._of_tiles(GATE_UP, layer, memory),
+                WIDTH=width, BLOCK=block, NUM_BLOCKS=num_blocks, BLOCK_T=BLOCK_TOKENS[WIDE],
+                **self._compiled_tiles(warps, stages),
             )  # fmt: skip
 
     def rms_norm(
@@ -111,39 +109,35 @@ class FusedLora:
     ) -> None:
         """`norm.cuda.rms_norm` of residual + x, where x is what the base layer made, and its adapters.
 
-        group: O or DOWN. layer: of that product. Raises EngineError for rows wider than 16,384.
+        group: O or DOWN. layer: of that product.
         """
-        width = x.shape[1]
-        if width > MAX_WIDTH:
-            raise EngineError(f"rms_norm got rows of {width} elements; at most {MAX_WIDTH} fit in registers")
-        common = (self._tiles[group], self._lora.h, memory, self._words, layer)
-        base, num_rows, lists = self._base, self._num_rows - self._base, self._rest
+        width, is_early = checked_width(x), self._lora.is_early(group)
+        base, num_rows = self._base, self._num_rows - self._base
         if rows is not None:
-            base, num_rows, lists = 0, len(rows), self._rows
+            base, num_rows = 0, len(rows)
         elif base:
-            rms_norm(x[:base], weight, eps, residual=residual[:base], out=out[:base])
+            rms_norm(x[:base], weight, eps, residual=residual[:base], out=out[:base], is_early=is_early)
         if num_rows and (self._plan.has_rows or rows is not None):
-            of_one, of_few, most_warps, stages = NORM_ROWS
+            of_one, of_few, most_warps, stages, lead = NORM_ROWS
             block = triton.next_power_of_2(width)
             # Registers hold so many elements of B; those of 32 bits count twice.
             share = (1 + self._lora.is_exact) * block
             self._lora.launcher(rms_norm_rows, (num_rows,))(
                 x[base:], x.stride(0), residual[base:], residual.stride(0), rows, weight,
-                out[base:], out.stride(0), eps, lists, lists.stride(0), *common,
+                out[base:], out.stride(0), eps, *self._of_rows(group, layer, memory, base),
                 WIDTH=width, BLOCK=block, HAS_CHOSEN=rows is not None, UNIT=self._lora.unit,
-                LEAD=LEAD_ROWS if block <= SHARED_WIDTH else 1, RANK_ONE=min(max(of_one // share, 1), 16),
+                LEAD=lead if block <= SHARED_WIDTH else 1, RANK_ONE=min(max(of_one // share, 1), 16),
                 RANK_FEW=min(max(of_few // share, 1), 16), STAGES=stages,
-                num_warps=min(max(block * most_warps // 4096, 1), 16),
+                num_warps=min(max(block * most_warps // 4096, 1), 16), **early(is_early),
             )  # fmt: skip
         if self._plan.num_wide and rows is None:
             block, tokens, warps, stages = NORM_TILES
             pieces = BLOCK_TOKENS[WIDE] // tokens
             self._lora.launcher(rms_norm_tiles, (self._plan.num_wide * pieces,))(
                 x, x.stride(0), residual, residual.stride(0), weight, out, out.stride(0), eps,
-                self._bounds[group], *common,
-                WIDTH=width, BLOCK=block, UNIT=self._lora.unit, BLOCK_T=tokens, PIECES=pieces,
-                BLOCK_R=TILE_RANK, IS_LONG=self._plan.is_long, EXACT=self._lora.is_exact, num_warps=warps,
-                num_stages=stages,
+                *self._of_tiles(group, layer, memory),
+                WIDTH=width, BLOCK=block, BLOCK_T=tokens, PIECES=pieces,
+                **self._compiled_tiles(warps, stages),
             )  # fmt: skip
 
     def write_kv(
@@ -162,38 +156,49 @@ class FusedLora:
         eps: float = 0.0,
     ) -> torch.Tensor:
         """`write_kv.cuda.write_kv` of the base layer's qkv and its adapters; returns q, a view of qkv."""
-        kv_heads, page_size, dim = kv_pages.shape[2:]
-        heads = qkv.shape[1] // dim - 2 * kv_heads
-        common = (self._tiles[QKV], self._lora.h, memory, self._words, layer)
-        base, extra = self._base, (bias, q_norm, k_norm, eps)
+        shape, base, is_early = head_shape(qkv, table, kv_pages), self._base, self._lora.is_early(QKV)
+        given = (table, kv_pages, kv_pages.stride(0), bias, q_norm, k_norm, eps)
+        compiled = {**shape, "HAS_BIAS": bias is not None, "HAS_NORM": q_norm is not None}
         if base:
-            write_kv(qkv[:base], positions[:base], slots[:base], table, kv_pages,
-                     bias=bias, q_norm=q_norm, k_norm=k_norm, eps=eps)  # fmt: skip
-        shape = {
-            "NUM_HEADS": heads, "KV_HEADS": kv_heads, "PAGE_SIZE": page_size, "DIM": dim,
-            "HALF": triton.next_power_of_2(dim // 2), "HAS_BIAS": bias is not None,
-            "HAS_NORM": q_norm is not None, "UNIT": self._lora.unit,
-        }  # fmt: skip
+            write_kv(
+                qkv[:base], positions[:base], slots[:base], table, kv_pages,
+                bias=bias, q_norm=q_norm, k_norm=k_norm, eps=eps, is_early=is_early,
+            )  # fmt: skip
+
+        def blocks(heads: int) -> int:
+            return triton.cdiv(shape["NUM_HEADS"], heads) + 2 * triton.cdiv(shape["KV_HEADS"], heads)
+
         if self._plan.has_rows:
-            block, rank, warps = WRITE_ROWS
-            blocks = triton.cdiv(heads, block) + 2 * triton.cdiv(kv_heads, block)
-            self._lora.launcher(write_kv_rows, (self._num_rows - base, blocks))(
-                qkv[base:], qkv.stride(0), positions[base:], slots[base:],
-                table, kv_pages, kv_pages.stride(0),
-                *extra, self._rest, self._rest.stride(0), *common, **shape, HEADS=block, BLOCK_R=rank,
-                BLOCK_T=BLOCK_TOKENS[NARROW], EXACT=self._lora.is_exact, num_warps=warps,
+            heads, rank, warps = WRITE_ROWS
+            self._lora.launcher(write_kv_rows, (self._num_rows - base, blocks(heads)))(
+                qkv[base:], qkv.stride(0), positions[base:], slots[base:], *given,
+                *self._of_rows(QKV, layer, memory, base), **compiled, UNIT=self._lora.unit, HEADS=heads,
+                BLOCK_R=rank, BLOCK_T=BLOCK_TOKENS[NARROW], EXACT=self._lora.is_exact,
+                num_warps=warps, **early(is_early),
             )  # fmt: skip
         if self._plan.num_wide:
-            block, warps, stages = WRITE_TILES_EXACT if self._lora.is_exact else WRITE_TILES
-            blocks = triton.cdiv(heads, block) + 2 * triton.cdiv(kv_heads, block)
-            self._lora.launcher(write_kv_tiles, (blocks, self._plan.num_wide))(
-                qkv, qkv.stride(0), positions, slots, table, kv_pages, kv_pages.stride(0), *extra,
-                self._bounds[QKV], *common, **shape, HEADS=block, BLOCK_T=BLOCK_TOKENS[WIDE],
-                BLOCK_R=TILE_RANK, IS_LONG=self._plan.is_long, EXACT=self._lora.is_exact,
-                num_warps=warps, num_stages=stages,
+            heads, warps, stages = WRITE_TILES_EXACT if self._lora.is_exact else WRITE_TILES
+            self._lora.launcher(write_kv_tiles, (blocks(heads), self._plan.num_wide))(
+                qkv, qkv.stride(0), positions, slots, *given, *self._of_tiles(QKV, layer, memory),
+                **compiled, HEADS=heads, BLOCK_T=BLOCK_TOKENS[WIDE], **self._compiled_tiles(warps, stages),
             )  # fmt: skip
-        of_heads: torch.Tensor = qkv.unflatten(1, (heads + 2 * kv_heads, dim))
-        return of_heads[:, :heads]
+        return queries_of(qkv, shape)
+
+    def _of_rows(self, group: int, layer: int, memory: torch.Tensor, base: int) -> tuple[Any, ...]:
+        """Arguments of a kernel over rows: from its lists on."""
+        rows = self._rows[:, base:]
+        return rows, rows.stride(0), self._tiles[group], self._lora.h, memory, self._words, layer
+
+    def _of_tiles(self, group: int, layer: int, memory: torch.Tensor) -> tuple[Any, ...]:
+        """Arguments of a kernel over wide tiles: from its bounds on."""
+        return self._bounds[group], self._tiles[group], self._lora.h, memory, self._words, layer
+
+    def _compiled_tiles(self, num_warps: int, num_stages: int) -> dict[str, int]:
+        """What is compiled into all kernels over wide tiles."""
+        return {
+            "UNIT": self._lora.unit, "BLOCK_R": TILE_RANK, "IS_LONG": self._plan.is_long,
+            "EXACT": self._lora.is_exact, "num_warps": num_warps, "num_stages": num_stages,
+        }  # fmt: skip
 
 
 __all__ = ["DOWN", "GATE_UP", "QKV", "FusedLora", "O"]

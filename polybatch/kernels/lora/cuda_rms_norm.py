@@ -11,20 +11,21 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from polybatch.kernels.lora.cuda_delta import (
     RECORD_FIRST,
     RECORD_NUM_TOKENS,
-    RECORD_PARTS,
     TILE_STRIDE,
-    add_product,
-    add_remainder,
+    add_block,
     add_rows,
-    find_module,
     load_b,
-    load_h,
-    load_starts,
+    open_tile,
+    prefetch_b,
 )
+from polybatch.kernels.lora.work import LEAD_ROWS
+
+_LEAD_ROWS = tl.constexpr(LEAD_ROWS)
 
 
 @triton.jit(do_not_specialize=["layer", "max_rows"], do_not_specialize_on_alignment=["rows"])
@@ -33,39 +34,48 @@ def rms_norm_rows(
     rows, max_rows, tiles, h, memory, words, layer,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_CHOSEN: tl.constexpr, UNIT: tl.constexpr,
     LEAD: tl.constexpr, RANK_ONE: tl.constexpr, RANK_FEW: tl.constexpr, STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid: rows, or chosen ones, -1 for none; chosen ones leave the residual as it was."""
+    """Grid: rows, or chosen ones, -1 for none; chosen ones leave the residual as it was.
+
+    LEAD: rows of a tile in one program, a divisor of LEAD_ROWS; registers may hold no more than one.
+    EARLY: started beside the end of the kernel before; see `cuda_delta`.
+    """
+    if EARLY:
+        gdc_launch_dependents()
     target = tl.program_id(0)
     source = target
+    count = 1
     if HAS_CHOSEN:
         source = tl.load(chosen + target)
-        if source < 0:
-            return
-        count = 1
-    else:
-        count = tl.load(rows + source)
-    tile = tl.load(rows + max_rows + source)
-    token = tl.load(rows + 2 * max_rows + source)
+        count = (source >= 0).to(tl.int32)
+    is_row = source >= 0
+    tile = tl.load(rows + max_rows + source, mask=is_row, other=-1)
+    token = tl.load(rows + 2 * max_rows + source, mask=is_row, other=0)
+    if not HAS_CHOSEN:
+        # The program that LEAD_ROWS rows would share says how many they are; none in a wide tile.
+        place = tl.where(tile >= 0, token % _LEAD_ROWS, 0)
+        left = tl.load(rows + source - place) - place
+        count = tl.where(place % LEAD == 0, tl.minimum(left, LEAD), 0)
+    adapters = (tiles, h, memory, words, layer)
+    if EARLY:
+        if (tile >= 0) & (count > 0):
+            prefetch_b(tile, 0, 0, WIDTH, adapters, UNIT, BLOCK)
+        gdc_wait()
     if count == 1:
         _few_rows(x, x_stride, residual, residual_stride, weight, out, out_stride, eps, source, target,
-                  count, tile, token, tiles, h, memory, words, layer,
-                  WIDTH, BLOCK, HAS_CHOSEN, UNIT, 1, RANK_ONE)  # fmt: skip
-    elif LEAD == 1:
-        # Registers hold one such row at a time.
-        for i in range(count):
-            _few_rows(x, x_stride, residual, residual_stride, weight, out, out_stride, eps, source + i,
-                      target + i, 1, tile, token + i, tiles, h, memory, words, layer,
-                      WIDTH, BLOCK, HAS_CHOSEN, UNIT, 1, RANK_ONE)  # fmt: skip
-    elif count > 1:
-        _few_rows(x, x_stride, residual, residual_stride, weight, out, out_stride, eps, source, target,
-                  count, tile, token, tiles, h, memory, words, layer,
-                  WIDTH, BLOCK, HAS_CHOSEN, UNIT, LEAD, RANK_FEW, STAGES)  # fmt: skip
+                  count, tile, token, adapters, WIDTH, BLOCK, HAS_CHOSEN, UNIT, 1, RANK_ONE)  # fmt: skip
+    elif LEAD > 1 and not HAS_CHOSEN:
+        if count > 1:
+            _few_rows(x, x_stride, residual, residual_stride, weight, out, out_stride, eps, source, target,
+                      count, tile, token, adapters, WIDTH, BLOCK, HAS_CHOSEN, UNIT, LEAD, RANK_FEW,
+                      STAGES)  # fmt: skip
 
 
 @triton.jit
 def _few_rows(
     x, x_stride, residual, residual_stride, weight, out, out_stride, eps, source, target,
-    count, tile, token, tiles, h, memory, words, layer,
+    count, tile, token, adapters,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_CHOSEN: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr = 1,
 ):  # fmt: skip
@@ -81,8 +91,7 @@ def _few_rows(
     if BLOCK_T == 1:
         before = tl.load(stream, mask=mask, other=0.0).to(tl.float32)
     if tile >= 0:
-        y = add_rows(y, token, count, tiles + tile * TILE_STRIDE, n, is_column, h, memory, words, layer,
-                     0, UNIT, BLOCK_T, BLOCK_R, BLOCK, STAGES)  # fmt: skip
+        y = add_rows(y, token, count, tile, 0, n, is_column, adapters, UNIT, BLOCK_T, BLOCK_R, STAGES)
         y = y.to(kind).to(tl.float32)
     if BLOCK_T > 1:
         before = tl.load(stream, mask=mask, other=0.0).to(tl.float32)
@@ -106,14 +115,12 @@ def rms_norm_tiles(
 ):  # fmt: skip
     """Grid: PIECES of BLOCK_T tokens of each wide tile."""
     kind = out.dtype.element_ty
-    record = tiles + (tl.load(bounds + 2) + tl.program_id(0) // PIECES) * TILE_STRIDE
+    tile = tl.load(bounds + 2) + tl.program_id(0) // PIECES
+    record = tiles + tile * TILE_STRIDE
     t = (tl.program_id(0) % PIECES) * BLOCK_T + tl.arange(0, BLOCK_T)
     is_token = t < tl.load(record + RECORD_NUM_TOKENS)
     at = (tl.load(record + RECORD_FIRST) + t).to(tl.int64)[:, None]
-    num_parts = tl.load(record + RECORD_PARTS)
-    word, rank, is_there, h_rows, part_stride = find_module(record, t, 0, h, words, layer)
-    start = load_starts(word, rank, 0, BLOCK_R)
-    value = load_h(h_rows, part_stride, num_parts, is_token, rank, 0, BLOCK_R)
+    start, value, rest = open_tile(tile, t, is_token, 0, (tiles, h, memory, words, layer), BLOCK_R)
     squares = tl.zeros([BLOCK_T], dtype=tl.float32)
     for low in range(0, WIDTH, BLOCK):
         n = low + tl.arange(0, BLOCK)
@@ -122,9 +129,8 @@ def rms_norm_tiles(
         y = tl.load(x + at * x_stride + n[None, :], mask=mask, other=0.0)
         stream = residual + at * residual_stride + n[None, :]
         before = tl.load(stream, mask=mask, other=0.0).to(tl.float32)
-        y = add_product(y.to(tl.float32), value, load_b(start, n, is_column, memory, UNIT), EXACT)
-        y = add_remainder(y, word, rank, is_there, h_rows, part_stride, num_parts, is_token, n, is_column,
-                          memory, UNIT, BLOCK_R, IS_LONG, EXACT)  # fmt: skip
+        b = load_b(start, n, is_column, memory, UNIT)
+        y = add_block(y.to(tl.float32), value, b, rest, n, is_column, UNIT, BLOCK_R, IS_LONG, EXACT)
         row = (y.to(kind).to(tl.float32) + before).to(kind)
         tl.store(stream, row, mask=mask)
         squares += tl.sum(row.to(tl.float32) * row.to(tl.float32), axis=1)

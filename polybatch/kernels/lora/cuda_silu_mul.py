@@ -11,19 +11,17 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from polybatch.kernels.lora.cuda_delta import (
     RECORD_FIRST,
     RECORD_NUM_TOKENS,
-    RECORD_PARTS,
     TILE_STRIDE,
-    add_product,
-    add_remainder,
+    add_block,
     add_rows,
-    find_module,
     load_b,
-    load_h,
-    load_starts,
+    open_tile,
+    prefetch_b,
 )
 
 
@@ -32,35 +30,47 @@ def silu_mul_rows(
     gate_up, stride, out, out_stride, rows, max_rows, tiles, h, memory, words, layer,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, LEAD: tl.constexpr, RANK_ONE: tl.constexpr,
     RANK_FEW: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, EXACT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid: rows, blocks of columns. The first LEAD rows of a dense tile share its block's columns."""
+    """Grid: rows, blocks of columns. The first LEAD rows of a dense tile share its block's columns.
+
+    EARLY: started beside the end of the kernel before; see `cuda_delta`.
+    """
+    if EARLY:
+        gdc_launch_dependents()
     row = tl.program_id(0)
+    block = tl.program_id(1)
     count = tl.load(rows + row)
     tile = tl.load(rows + max_rows + row)
     token = tl.load(rows + 2 * max_rows + row)
     is_dense = tl.load(rows + 3 * max_rows + row)
+    adapters = (tiles, h, memory, words, layer)
+    if EARLY:
+        if (tile >= 0) & tl.where(is_dense != 0, token < LEAD, count > 0):
+            column = block * BLOCK + tl.where(is_dense != 0, token * (BLOCK // LEAD), 0)
+            width = tl.minimum(tl.where(is_dense != 0, BLOCK // LEAD, BLOCK), WIDTH - column)
+            prefetch_b(tile, 0, column, width, adapters, UNIT, BLOCK)
+            prefetch_b(tile, 1, column, width, adapters, UNIT, BLOCK)
+        gdc_wait()
     if is_dense:
         if token < LEAD:
-            first = row - token
-            _tile(gate_up + first.to(tl.int64) * stride, stride, out + first.to(tl.int64) * out_stride,
-                  out_stride, 0, tiles + tile * TILE_STRIDE, tl.program_id(1) * LEAD + token, h, memory,
-                  words, layer, WIDTH, BLOCK // LEAD, 1, UNIT, BLOCK_T, BLOCK_R, True, EXACT)  # fmt: skip
+            _tile(gate_up, stride, out, out_stride, row - token, tile, block * LEAD + token, adapters,
+                  WIDTH, BLOCK // LEAD, 1, UNIT, BLOCK_T, BLOCK_R, True, EXACT)  # fmt: skip
     elif count == 1:
-        _few_rows(gate_up, stride, out, out_stride, row, count, tile, token, tiles, h, memory, words, layer,
+        _few_rows(gate_up, stride, out, out_stride, row, count, tile, token, block, adapters,
                   WIDTH, BLOCK, UNIT, 1, RANK_ONE)  # fmt: skip
     elif count > 1:
-        _few_rows(gate_up, stride, out, out_stride, row, count, tile, token, tiles, h, memory, words, layer,
+        _few_rows(gate_up, stride, out, out_stride, row, count, tile, token, block, adapters,
                   WIDTH, BLOCK, UNIT, LEAD, RANK_FEW)  # fmt: skip
 
 
 @triton.jit
 def _few_rows(
-    gate_up, stride, out, out_stride, row, count, tile, token, tiles, h, memory, words, layer,
+    gate_up, stride, out, out_stride, row, count, tile, token, block, adapters,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    kind = out.dtype.element_ty
-    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    n = block * BLOCK + tl.arange(0, BLOCK)
     t = tl.arange(0, BLOCK_T)
     is_column = n < WIDTH
     mask = (t < count)[:, None] & is_column[None, :]
@@ -68,14 +78,9 @@ def _few_rows(
     gate = tl.load(gate_up + at * stride + n[None, :], mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + at * stride + WIDTH + n[None, :], mask=mask, other=0.0).to(tl.float32)
     if tile >= 0:
-        record = tiles + tile * TILE_STRIDE
-        gate = add_rows(gate, token, count, record, n, is_column, h, memory, words, layer,
-                        0, UNIT, BLOCK_T, BLOCK_R, BLOCK)  # fmt: skip
-        up = add_rows(up, token, count, record, n, is_column, h, memory, words, layer,
-                      1, UNIT, BLOCK_T, BLOCK_R, BLOCK)  # fmt: skip
-        gate, up = gate.to(kind).to(tl.float32), up.to(kind).to(tl.float32)
-    silu = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32)
-    tl.store(out + at * out_stride + n[None, :], (silu * up).to(kind), mask=mask)
+        gate = add_rows(gate, token, count, tile, 0, n, is_column, adapters, UNIT, BLOCK_T, BLOCK_R)
+        up = add_rows(up, token, count, tile, 1, n, is_column, adapters, UNIT, BLOCK_T, BLOCK_R)
+    _store(gate, up, out + at * out_stride + n[None, :], mask)
 
 
 @triton.jit(do_not_specialize=["layer"])
@@ -85,29 +90,26 @@ def silu_mul_tiles(
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, IS_LONG: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Grid: NUM_BLOCKS blocks of columns each, wide tiles."""
-    record = tiles + (tl.load(bounds + 2) + tl.program_id(1)) * TILE_STRIDE
-    first = tl.load(record + RECORD_FIRST)
-    _tile(gate_up, stride, out, out_stride, first, record, tl.program_id(0) * NUM_BLOCKS, h, memory, words,
-          layer, WIDTH, BLOCK, NUM_BLOCKS, UNIT, BLOCK_T, BLOCK_R, IS_LONG, EXACT)  # fmt: skip
+    tile = tl.load(bounds + 2) + tl.program_id(1)
+    first = tl.load(tiles + tile * TILE_STRIDE + RECORD_FIRST)
+    _tile(gate_up, stride, out, out_stride, first, tile, tl.program_id(0) * NUM_BLOCKS,
+          (tiles, h, memory, words, layer),
+          WIDTH, BLOCK, NUM_BLOCKS, UNIT, BLOCK_T, BLOCK_R, IS_LONG, EXACT)  # fmt: skip
 
 
 @triton.jit
 def _tile(
-    gate_up, stride, out, out_stride, first, record, first_block, h, memory, words, layer,
+    gate_up, stride, out, out_stride, first, tile, first_block, adapters,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, IS_LONG: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Some blocks of columns of a tile, whose rows begin at `first`. Its h stays from block to block."""
-    kind = out.dtype.element_ty
+    tiles, _, memory, _, _ = adapters
     t = tl.arange(0, BLOCK_T)
-    is_token = t < tl.load(record + RECORD_NUM_TOKENS)
+    is_token = t < tl.load(tiles + tile * TILE_STRIDE + RECORD_NUM_TOKENS)
     at = (first + t).to(tl.int64)[:, None]
-    num_parts = tl.load(record + RECORD_PARTS)
-    word_0, rank_0, is_there_0, h_0, part_0 = find_module(record, t, 0, h, words, layer)
-    word_1, rank_1, is_there_1, h_1, part_1 = find_module(record, t, 1, h, words, layer)
-    start_0, start_1 = load_starts(word_0, rank_0, 0, BLOCK_R), load_starts(word_1, rank_1, 0, BLOCK_R)
-    value_0 = load_h(h_0, part_0, num_parts, is_token, rank_0, 0, BLOCK_R)
-    value_1 = load_h(h_1, part_1, num_parts, is_token, rank_1, 0, BLOCK_R)
+    start_0, value_0, rest_0 = open_tile(tile, t, is_token, 0, adapters, BLOCK_R)
+    start_1, value_1, rest_1 = open_tile(tile, t, is_token, 1, adapters, BLOCK_R)
     for block in range(NUM_BLOCKS):
         n = (first_block + block) * BLOCK + tl.arange(0, BLOCK)
         is_column = n < WIDTH
@@ -116,12 +118,15 @@ def _tile(
         up = tl.load(gate_up + at * stride + WIDTH + n[None, :], mask=mask, other=0.0)
         b_0 = load_b(start_0, n, is_column, memory, UNIT)
         b_1 = load_b(start_1, n, is_column, memory, UNIT)
-        gate = add_product(gate.to(tl.float32), value_0, b_0, EXACT)
-        gate = add_remainder(gate, word_0, rank_0, is_there_0, h_0, part_0, num_parts, is_token, n, is_column,
-                             memory, UNIT, BLOCK_R, IS_LONG, EXACT)  # fmt: skip
-        up = add_product(up.to(tl.float32), value_1, b_1, EXACT)
-        up = add_remainder(up, word_1, rank_1, is_there_1, h_1, part_1, num_parts, is_token, n, is_column,
-                           memory, UNIT, BLOCK_R, IS_LONG, EXACT)  # fmt: skip
-        gate, up = gate.to(kind).to(tl.float32), up.to(kind).to(tl.float32)
-        silu = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32)
-        tl.store(out + at * out_stride + n[None, :], (silu * up).to(kind), mask=mask)
+        gate = add_block(gate.to(tl.float32), value_0, b_0, rest_0, n, is_column,
+                         UNIT, BLOCK_R, IS_LONG, EXACT)  # fmt: skip
+        up = add_block(up.to(tl.float32), value_1, b_1, rest_1, n, is_column, UNIT, BLOCK_R, IS_LONG, EXACT)
+        _store(gate, up, out + at * out_stride + n[None, :], mask)
+
+
+@triton.jit
+def _store(gate, up, at, mask):
+    kind = at.dtype.element_ty
+    gate, up = gate.to(kind).to(tl.float32), up.to(kind).to(tl.float32)
+    silu = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32)
+    tl.store(at, (silu * up).to(kind), mask=mask)

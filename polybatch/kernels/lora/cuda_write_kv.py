@@ -12,19 +12,17 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from polybatch.kernels.lora.cuda_delta import (
     RECORD_FIRST,
     RECORD_NUM_TOKENS,
-    RECORD_PARTS,
     TILE_STRIDE,
-    add_product,
-    add_remainder,
+    add_block,
     add_rows,
-    find_module,
     load_b,
-    load_h,
-    load_starts,
+    open_tile,
+    prefetch_b,
 )
 from polybatch.kernels.write_kv.cuda import finish_heads
 
@@ -36,29 +34,43 @@ def write_kv_rows(
     qkv, qkv_stride, positions, slots, table, pages, page_stride, bias, q_norm, k_norm, eps,
     rows, max_rows, tiles, h, memory, words, layer,
     NUM_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr,
-    HALF: tl.constexpr, HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
-    UNIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, EXACT: tl.constexpr,
+    HALF: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, UNIT: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, EXACT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid: rows, blocks of HEADS heads of q, of k and of v. Each row of a dense tile has one head."""
+    """Grid: rows, blocks of HEADS heads of q, of k and of v. Each row of a dense tile has one head.
+
+    EARLY: started beside the end of the kernel before; see `cuda_delta`.
+    """
+    if EARLY:
+        gdc_launch_dependents()
     leader = tl.program_id(0)
+    block = tl.program_id(1)
     count = tl.load(rows + leader)
     tile = tl.load(rows + max_rows + leader)
     token = tl.load(rows + 2 * max_rows + leader)
-    if tl.load(rows + 3 * max_rows + leader):
+    is_dense = tl.load(rows + 3 * max_rows + leader) != 0
+    adapters = (tiles, h, memory, words, layer)
+    if EARLY:
+        if (tile >= 0) & tl.where(is_dense, token < HEADS, count > 0):
+            module, _, first_head, num_heads = _find_heads(block, NUM_HEADS, KV_HEADS, HEADS)
+            first_head += tl.where(is_dense, token, 0)
+            heads = tl.minimum(tl.where(is_dense, 1, HEADS), num_heads - first_head)
+            prefetch_b(tile, module, first_head * DIM, heads * DIM, adapters, UNIT, HEADS * 2 * HALF)
+        gdc_wait()
+    if is_dense:
         if token < HEADS:
-            _tile(tl.program_id(1), token, leader - token, tiles + tile * TILE_STRIDE, qkv, qkv_stride,
+            _tile(block, token, leader - token, tile, adapters, qkv, qkv_stride,
                   positions, slots, table, pages, page_stride, bias, q_norm, k_norm, eps,
-                  h, memory, words, layer,
-                  NUM_HEADS, KV_HEADS, PAGE_SIZE, DIM, HALF, HEADS, 1, HAS_BIAS, HAS_NORM, UNIT, BLOCK_T,
+                  NUM_HEADS, KV_HEADS, PAGE_SIZE, DIM, HALF, HAS_BIAS, HAS_NORM, UNIT, HEADS, 1, BLOCK_T,
                   BLOCK_R, True, EXACT)  # fmt: skip
         count = 0
     for i in range(count):
         slot = tl.load(slots + leader + i)
         if slot >= 0:
-            _heads(qkv + (leader + i).to(tl.int64) * qkv_stride, tl.load(positions + leader + i), slot,
-                   tile, token + i, table, pages, page_stride, bias, q_norm, k_norm, eps,
-                   tiles, h, memory, words, layer,
-                   NUM_HEADS, KV_HEADS, PAGE_SIZE, DIM, HALF, HEADS, HAS_BIAS, HAS_NORM, UNIT,
+            _heads(block, qkv + (leader + i).to(tl.int64) * qkv_stride, tl.load(positions + leader + i),
+                   slot, tile, token + i, adapters, table, pages, page_stride, bias, q_norm, k_norm, eps,
+                   NUM_HEADS, KV_HEADS, PAGE_SIZE, DIM, HALF, HAS_BIAS, HAS_NORM, UNIT, HEADS,
                    BLOCK_R)  # fmt: skip
 
 
@@ -77,14 +89,13 @@ def _find_heads(block, NUM_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEADS: t
 
 @triton.jit
 def _heads(
-    row, position, slot, tile, token, table, pages, page_stride, bias, q_norm, k_norm, eps,
-    tiles, h, memory, words, layer,
+    block, row, position, slot, tile, token, adapters, table, pages, page_stride, bias, q_norm, k_norm, eps,
     NUM_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr,
-    HALF: tl.constexpr, HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
-    UNIT: tl.constexpr, BLOCK_R: tl.constexpr,
+    HALF: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, UNIT: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Heads of one token, found from the program's block of heads."""
-    module, base, first_head, num_heads = _find_heads(tl.program_id(1), NUM_HEADS, KV_HEADS, HEADS)
+    """A block of heads of one token."""
+    module, base, first_head, num_heads = _find_heads(block, NUM_HEADS, KV_HEADS, HEADS)
     # Heads and pairs of their elements, side by side.
     index = tl.arange(0, HEADS * HALF)
     head = first_head + index // HALF
@@ -95,11 +106,8 @@ def _heads(
     second = tl.load(row + base * DIM + n + DIM // 2, mask=is_column, other=0.0).to(tl.float32)[None, :]
     if tile >= 0:
         kind = row.dtype.element_ty
-        record = tiles + tile * TILE_STRIDE
-        first = add_rows(first, token, 1, record, n, is_column, h, memory, words, layer,
-                         module, UNIT, 1, BLOCK_R, HEADS * HALF)  # fmt: skip
-        second = add_rows(second, token, 1, record, n + DIM // 2, is_column, h, memory, words, layer,
-                          module, UNIT, 1, BLOCK_R, HEADS * HALF)  # fmt: skip
+        first = add_rows(first, token, 1, tile, module, n, is_column, adapters, UNIT, 1, BLOCK_R)
+        second = add_rows(second, token, 1, tile, module, n + DIM // 2, is_column, adapters, UNIT, 1, BLOCK_R)
         first, second = first.to(kind).to(tl.float32), second.to(kind).to(tl.float32)
     head_column = first_head + tl.arange(0, HEADS)[:, None]
     mask = (head_column < num_heads) & (tl.arange(0, HALF)[None, :] < DIM // 2)
@@ -113,31 +121,33 @@ def write_kv_tiles(
     qkv, qkv_stride, positions, slots, table, pages, page_stride, bias, q_norm, k_norm, eps,
     bounds, tiles, h, memory, words, layer,
     NUM_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr,
-    HALF: tl.constexpr, HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
-    UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, IS_LONG: tl.constexpr,
+    HALF: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, UNIT: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, IS_LONG: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
     """Grid: blocks of HEADS heads of q, of k and of v, wide tiles."""
-    record = tiles + (tl.load(bounds + 2) + tl.program_id(1)) * TILE_STRIDE
-    _tile(tl.program_id(0), 0, tl.load(record + RECORD_FIRST), record, qkv, qkv_stride, positions, slots,
-          table, pages, page_stride, bias, q_norm, k_norm, eps, h, memory, words, layer,
-          NUM_HEADS, KV_HEADS, PAGE_SIZE, DIM, HALF, HEADS, HEADS, HAS_BIAS, HAS_NORM, UNIT, BLOCK_T,
+    tile = tl.load(bounds + 2) + tl.program_id(1)
+    first = tl.load(tiles + tile * TILE_STRIDE + RECORD_FIRST)
+    _tile(tl.program_id(0), 0, first, tile, (tiles, h, memory, words, layer), qkv, qkv_stride, positions,
+          slots, table, pages, page_stride, bias, q_norm, k_norm, eps,
+          NUM_HEADS, KV_HEADS, PAGE_SIZE, DIM, HALF, HAS_BIAS, HAS_NORM, UNIT, HEADS, HEADS, BLOCK_T,
           BLOCK_R, IS_LONG, EXACT)  # fmt: skip
 
 
 @triton.jit
 def _tile(
-    block, skipped, first_row, record, qkv, qkv_stride, positions, slots, table,
-    pages, page_stride, bias, q_norm, k_norm, eps, h, memory, words, layer,
+    block, skipped, first_row, tile, adapters, qkv, qkv_stride, positions, slots, table,
+    pages, page_stride, bias, q_norm, k_norm, eps,
     NUM_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr,
-    HALF: tl.constexpr, HEADS: tl.constexpr, NUM: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_NORM: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, IS_LONG: tl.constexpr, EXACT: tl.constexpr,
+    HALF: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, UNIT: tl.constexpr,
+    HEADS: tl.constexpr, NUM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
+    IS_LONG: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """NUM heads of a block of HEADS after those skipped, for a tile whose rows begin at first_row."""
     module, base, first_head, num_heads = _find_heads(block, NUM_HEADS, KV_HEADS, HEADS)
+    tiles, _, memory, _, _ = adapters
     t = tl.arange(0, BLOCK_T)
-    is_token = t < tl.load(record + RECORD_NUM_TOKENS)
+    is_token = t < tl.load(tiles + tile * TILE_STRIDE + RECORD_NUM_TOKENS)
     at = first_row + t
     slot = tl.load(slots + at, mask=is_token, other=-1)
     position = tl.load(positions + at, mask=slot >= 0, other=0)[:, None]
@@ -145,10 +155,7 @@ def _tile(
     row = qkv + at.to(tl.int64)[:, None] * qkv_stride
     pair = tl.arange(0, HALF)
     kind = qkv.dtype.element_ty
-    num_parts = tl.load(record + RECORD_PARTS)
-    word, rank, is_there, h_rows, part_stride = find_module(record, t, module, h, words, layer)
-    start = load_starts(word, rank, 0, BLOCK_R)
-    value = load_h(h_rows, part_stride, num_parts, is_token, rank, 0, BLOCK_R)
+    start, value, rest = open_tile(tile, t, is_token, module, adapters, BLOCK_R)
     for i in range(NUM):
         head = first_head + skipped + i
         inside = (pair < DIM // 2) & (head < num_heads)
@@ -158,12 +165,10 @@ def _tile(
         second = tl.load(row + base * DIM + DIM // 2 + n[None, :], mask=mask, other=0.0)
         b_first = load_b(start, n, inside, memory, UNIT)
         b_second = load_b(start, n + DIM // 2, inside, memory, UNIT)
-        first = add_product(first.to(tl.float32), value, b_first, EXACT)
-        first = add_remainder(first, word, rank, is_there, h_rows, part_stride, num_parts, is_token, n,
-                              inside, memory, UNIT, BLOCK_R, IS_LONG, EXACT)  # fmt: skip
-        second = add_product(second.to(tl.float32), value, b_second, EXACT)
-        second = add_remainder(second, word, rank, is_there, h_rows, part_stride, num_parts, is_token,
-                               n + DIM // 2, inside, memory, UNIT, BLOCK_R, IS_LONG, EXACT)  # fmt: skip
+        first = add_block(first.to(tl.float32), value, b_first, rest, n, inside,
+                          UNIT, BLOCK_R, IS_LONG, EXACT)  # fmt: skip
+        second = add_block(second.to(tl.float32), value, b_second, rest, n + DIM // 2, inside,
+                           UNIT, BLOCK_R, IS_LONG, EXACT)  # fmt: skip
         first, second = first.to(kind).to(tl.float32), second.to(kind).to(tl.float32)
         finish_heads(first, second, row, position, slot, base + head, inside[None, :], mask, table, pages,
                      page_stride, bias, q_norm, k_norm, eps,

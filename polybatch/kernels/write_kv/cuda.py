@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from polybatch.errors import EngineError
 
@@ -52,6 +53,7 @@ def write_kv(
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     eps: float = 0.0,
+    is_early: bool = False,
 ) -> torch.Tensor:
     """Rotate q in place and scatter k and v; returns q, [T, H, D], a view of qkv.
 
@@ -60,8 +62,24 @@ def write_kv(
     table: `rope_table`, positions < len(table)
     kv_pages: [num_pages, 2, KH, page_size, D], pages may be strided; k and v are rounded to its dtype
     bias: [(H + 2 KH) * D], added first, or None. q_norm, k_norm: [D], both or neither.
+    is_early: start while the kernel before ends (programmatic dependent launch); positions, slots and the
+        table must have been on the device before that kernel began
     Raises EngineError where shapes disagree.
     """
+    shape = head_shape(qkv, table, kv_pages)
+    num_rows = shape["NUM_HEADS"] + 2 * shape["KV_HEADS"]
+    grid = (qkv.shape[0], triton.cdiv(num_rows, HEADS))
+    if qkv.shape[0]:
+        _write_kv[grid](
+            qkv, qkv.stride(0), positions, slots, table, kv_pages, kv_pages.stride(0),
+            bias, q_norm, k_norm, eps, **shape, HAS_BIAS=bias is not None, HAS_NORM=q_norm is not None,
+            HEADS=HEADS, EARLY=is_early, launch_pdl=is_early, num_warps=4,
+        )  # fmt: skip
+    return queries_of(qkv, shape)
+
+
+def head_shape(qkv: torch.Tensor, table: torch.Tensor, kv_pages: torch.Tensor) -> dict[str, int]:
+    """What the kernels know of heads when they are compiled. Raises EngineError where shapes disagree."""
     kv_heads, page_size, dim = kv_pages.shape[2:]
     heads = qkv.shape[1] // dim - 2 * kv_heads
     if heads < 1 or qkv.shape[1] != (heads + 2 * kv_heads) * dim or table.shape[1] != dim:
@@ -70,26 +88,29 @@ def write_kv(
             f"{tuple(kv_pages.shape)}; they must be [T, (H + 2 KH) * D], [positions, D] and "
             "[num_pages, 2, KH, page_size, D]"
         )
-    num_rows = heads + 2 * kv_heads
-    grid = (qkv.shape[0], triton.cdiv(num_rows, HEADS))
-    if qkv.shape[0]:
-        _write_kv[grid](
-            qkv, qkv.stride(0), positions, slots, table, kv_pages, kv_pages.stride(0),
-            bias, q_norm, k_norm, eps,
-            NUM_HEADS=heads, KV_HEADS=kv_heads, PAGE_SIZE=page_size, DIM=dim,
-            HALF=triton.next_power_of_2(dim // 2), HEADS=HEADS,
-            HAS_BIAS=bias is not None, HAS_NORM=q_norm is not None, num_warps=4,
-        )  # fmt: skip
-    heads_of_rows: torch.Tensor = qkv.unflatten(1, (num_rows, dim))
-    return heads_of_rows[:, :heads]
+    return {
+        "NUM_HEADS": heads, "KV_HEADS": kv_heads, "PAGE_SIZE": page_size, "DIM": dim,
+        "HALF": triton.next_power_of_2(dim // 2),
+    }  # fmt: skip
+
+
+def queries_of(qkv: torch.Tensor, shape: dict[str, int]) -> torch.Tensor:
+    """[T, H, D], a view of qkv."""
+    heads: torch.Tensor = qkv.unflatten(1, (-1, shape["DIM"]))
+    return heads[:, : shape["NUM_HEADS"]]
 
 
 @triton.jit
 def _write_kv(
     qkv, qkv_stride, positions, slots, table, pages, page_stride, bias, q_norm, k_norm, eps,
     NUM_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr,
-    HALF: tl.constexpr, HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
+    HALF: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HEADS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        # Every program waits, with work or without: who comes next relies on it.
+        gdc_launch_dependents()
+        gdc_wait()
     token = tl.program_id(0)
     slot = tl.load(slots + token)
     if slot < 0:
