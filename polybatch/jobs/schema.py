@@ -58,19 +58,19 @@ _SAMPLING = frozenset(
 )  # fmt: skip
 _FLAGS = frozenset(("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"))
 _COMMON = _SAMPLING | _FLAGS | STRUCTURED_FIELDS | {"model", "max_tokens", "logit_bias", "logprobs"}
-_USED = {
+USED_FIELDS = {
     Endpoint.CHAT: _COMMON | {"messages", "max_completion_tokens", "top_logprobs"},
     Endpoint.COMPLETIONS: _COMMON | {"prompt"},
 }
 
 # Labels for the provider's books and hints about its cache: they never change an answer.
-_HARMLESS = frozenset(
+LABELS = frozenset(
     ("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
      "service_tier")
 )  # fmt: skip
 
 # Fields that may be spelled out as long as they ask for what happens anyway.
-_FIXED: dict[str, tuple[object, ...]] = {
+FIXED_FIELDS: dict[str, tuple[object, ...]] = {
     "stream": (False,),
     "modalities": (["text"],),
     "tools": ([],),
@@ -122,19 +122,19 @@ def _show(value: object) -> str:
 
 
 def _check_names(endpoint: Endpoint, fields: Mapping[str, Any]) -> None:
-    used = _USED[endpoint]
+    used = USED_FIELDS[endpoint]
     for name, value in fields.items():
-        if name in used or name in _HARMLESS:
+        if name in used or name in LABELS:
             continue
-        if name in _FIXED:
+        if name in FIXED_FIELDS:
             # 1 == True == 1.0 in Python, not in JSON.
-            if any(value == v and type(value) is type(v) for v in _FIXED[name]):
+            if any(value == v and type(value) is type(v) for v in FIXED_FIELDS[name]):
                 continue
-            allowed = " or ".join(repr(v) for v in _FIXED[name])
+            allowed = " or ".join(repr(v) for v in FIXED_FIELDS[name])
             message = f"{name} is {_show(value)}; only {allowed} is supported: change or remove it"
         elif name in _REFUSED:
             message = f"{name} is not supported: remove it"
-        elif any(name in names for names in _USED.values()):
+        elif any(name in names for names in USED_FIELDS.values()):
             message = f"{name} does not belong to {endpoint.value}: remove it"
         else:
             near = difflib.get_close_matches(name, used, n=1)

@@ -8,6 +8,7 @@ from polybatch import __version__
 from polybatch.server.errors import install_handlers
 from polybatch.server.gate import Gate
 from polybatch.server.metrics import HttpMeter
+from polybatch.server.openapi import DocumentedAPI
 from polybatch.server.routes import (
     adapters,
     batches,
@@ -29,7 +30,9 @@ ROUTERS = (
 
 def create_app(state: ServerState) -> FastAPI:
     """An application over a started engine; whoever made the state closes it."""
-    app = FastAPI(title="Polybatch", version=__version__, docs_url=None, redoc_url=None)
+    app = DocumentedAPI(
+        has_keys=not state.keys.is_open, title="Polybatch", version=__version__, docs_url=None, redoc_url=None
+    )
     app.state.server = state
     for router in ROUTERS:
         app.include_router(router)

@@ -8,9 +8,14 @@ from typing import Any
 from polybatch.errors import RequestError
 
 
-def query_parameters(*names: str) -> dict[str, Any]:
-    """What the OpenAPI document says of optional query parameters that a route reads itself."""
-    return {"parameters": [{"name": name, "in": "query", "schema": {"type": "string"}} for name in names]}
+def check_query(query: Mapping[str, str], parameters: Sequence[Mapping[str, Any]]) -> None:
+    """Raise RequestError for a name that is none of the described parameters."""
+    known = [parameter["name"] for parameter in parameters]
+    for name in query:
+        if name not in known:
+            raise RequestError(
+                f"query parameter {name[:80]!r} is unknown; known are {', '.join(known)}", field=name[:80]
+            )
 
 
 def page_limit(query: Mapping[str, str], default: int, most: int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import msgspec
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import PlainTextResponse
 
@@ -13,29 +12,18 @@ from polybatch.server.auth import require_admin
 from polybatch.server.bodies import decode_as, read_body
 from polybatch.server.config import ServerConfig
 from polybatch.server.errors import HttpError
-from polybatch.server.openapi import struct_body
+from polybatch.server.interface.requests import LoadAdapterRequest, UnloadAdapterRequest
+from polybatch.server.openapi import PLAIN_TEXT, describe
 from polybatch.server.state import state_of
 
 router = APIRouter(tags=["adapters"], dependencies=[Depends(require_admin)])
 
 
-class LoadAdapter(msgspec.Struct, forbid_unknown_fields=True):
-    """load_inplace: a name in use gets the new weights; else that is an error."""
-
-    lora_name: str
-    lora_path: str
-    load_inplace: bool = False
-
-
-class UnloadAdapter(msgspec.Struct, forbid_unknown_fields=True):
-    lora_name: str
-
-
-@router.post("/v1/load_lora_adapter", openapi_extra=struct_body(LoadAdapter))
+@router.post("/v1/load_lora_adapter", **describe(None, 503, body=LoadAdapterRequest, also=PLAIN_TEXT))
 async def load_lora_adapter(request: Request) -> PlainTextResponse:
     """Register a PEFT folder below one of the allowed roots."""
     state = state_of(request)
-    body = decode_as(await read_body(request, state.config), LoadAdapter)
+    body = decode_as(await read_body(request, state.config), LoadAdapterRequest)
     name = body.lora_name
     if name in state.config.served_model_names:
         raise RequestError(f"lora_name {name!r} is the base model's: choose another", field="lora_name")
@@ -48,11 +36,13 @@ async def load_lora_adapter(request: Request) -> PlainTextResponse:
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 
-@router.post("/v1/unload_lora_adapter", openapi_extra=struct_body(UnloadAdapter))
+@router.post(
+    "/v1/unload_lora_adapter", **describe(None, 404, 503, body=UnloadAdapterRequest, also=PLAIN_TEXT)
+)
 async def unload_lora_adapter(request: Request) -> PlainTextResponse:
     """Forget an adapter; requests that use it end undisturbed."""
     state = state_of(request)
-    body = decode_as(await read_body(request, state.config), UnloadAdapter)
+    body = decode_as(await read_body(request, state.config), UnloadAdapterRequest)
     if body.lora_name not in state.llm.adapter_paths:
         raise HttpError(
             404,

@@ -22,21 +22,27 @@ from polybatch.server.chunks import ChunkWriter
 from polybatch.server.echo import EchoedPrompt, add_echo, echoed, without_completions
 from polybatch.server.errors import as_http
 from polybatch.server.generation import Generation, prepare
-from polybatch.server.openapi import json_body
+from polybatch.server.interface.answers import ChatCompletion, Completion
+from polybatch.server.interface.requests import ChatCompletionRequest, CompletionRequest
+from polybatch.server.openapi import EVENTS, describe
 from polybatch.server.state import ServerState, state_of
 from polybatch.server.streams import DONE, EventStream, event, unless_gone
 from polybatch.server.tools.answer import add_tool_calls
 
 router = APIRouter(tags=["generation"])
 
+ERRORS = (404, 500, 503)
+CHAT = describe(ChatCompletion, *ERRORS, body=ChatCompletionRequest, also=EVENTS)
+COMPLETIONS = describe(Completion, *ERRORS, body=CompletionRequest, also=EVENTS)
 
-@router.post(Endpoint.CHAT.value, openapi_extra=json_body(("model", "messages")))
+
+@router.post(Endpoint.CHAT.value, **CHAT)
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation."""
     return await _answer(request, Endpoint.CHAT)
 
 
-@router.post(Endpoint.COMPLETIONS.value, openapi_extra=json_body(("model", "prompt")))
+@router.post(Endpoint.COMPLETIONS.value, **COMPLETIONS)
 async def completions(request: Request) -> Response:
     """Continue one or more prompts."""
     return await _answer(request, Endpoint.COMPLETIONS)

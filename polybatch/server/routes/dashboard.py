@@ -13,9 +13,11 @@ from starlette.responses import Response
 
 from polybatch.errors import RequestError
 from polybatch.server.auth import caller_of
+from polybatch.server.batches.pages import check_query
 from polybatch.server.browsers import DASHBOARD
 from polybatch.server.dashboard_data import dashboard_data
 from polybatch.server.errors import HttpError
+from polybatch.server.openapi import describe, parameter
 from polybatch.server.state import state_of
 
 router = APIRouter(tags=["operations"])
@@ -40,19 +42,24 @@ HEADERS = {
 }
 
 
-AFTER = {"name": "after", "in": "query", "schema": {"type": "integer", "minimum": -1, "default": -1}}
+AFTER = parameter(
+    "after", "Index of the last step that is known.", {"type": "integer", "minimum": -1, "default": -1}
+)
+HTML = {"text/html": {"schema": {"type": "string"}}}
+DATA = {"application/json": {"schema": {"type": "object", "description": "For the page; it may change."}}}
 
 
-@router.get(DASHBOARD)
+@router.get(DASHBOARD, **describe(also=HTML))
 async def page() -> Response:
     """The page itself."""
     return _file("index.html")
 
 
-@router.get(f"{DASHBOARD}/data", openapi_extra={"parameters": [AFTER]})
+@router.get(f"{DASHBOARD}/data", **describe(None, 400, parameters=[AFTER], also=DATA))
 async def data(request: Request) -> Response:
     """What the page shows. after: index of the last step that it has, -1 for none."""
     state = state_of(request)
+    check_query(request.query_params, [AFTER])
     after_step = _after(request)
     found = dashboard_data(state, await state.view.look(), caller_of(request), after_step)
     return Response(

@@ -13,9 +13,12 @@ from starlette.responses import JSONResponse, Response
 
 from polybatch.errors import RequestError
 from polybatch.server.auth import caller_of
-from polybatch.server.batches.pages import listed, page_limit, query_parameters
+from polybatch.server.batches.objects import MAX_EXPIRY_S, MIN_EXPIRY_S
+from polybatch.server.batches.pages import check_query, listed, page_limit
 from polybatch.server.batches.service import BatchService
 from polybatch.server.errors import HttpError
+from polybatch.server.interface.answers import DeletedFile, File, FileList
+from polybatch.server.openapi import describe, parameter
 from polybatch.server.state import state_of
 from polybatch.server.streams import EventStream
 
@@ -24,25 +27,25 @@ router = APIRouter(tags=["batches"])
 MAX_LISTED = 10_000
 CHUNK_BYTES = 256 << 10
 
-_FORM: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file", "purpose"],
-                    "properties": {
-                        "file": {"type": "string", "format": "binary"},
-                        "purpose": {"type": "string", "enum": ["batch"]},
-                        "expires_after[anchor]": {"type": "string"},
-                        "expires_after[seconds]": {"type": "integer"},
-                    },
-                }
-            }
-        },
-    }
+FORM: dict[str, Any] = {
+    "type": "object",
+    "required": ["file", "purpose"],
+    "additionalProperties": False,
+    "properties": {
+        "file": {"type": "string", "format": "binary", "description": "JSON Lines."},
+        "purpose": {"type": "string", "enum": ["batch"]},
+        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+        "expires_after[seconds]": {"type": "integer", "minimum": MIN_EXPIRY_S, "maximum": MAX_EXPIRY_S},
+    },
 }
+AFTER = parameter("after", "The id that the page before ended with.", {"type": "string"})
+PAGE = [
+    parameter("purpose", "Of the files.", {"type": "string"}),
+    parameter("limit", "How many.", {"type": "integer", "minimum": 1, "maximum": MAX_LISTED}),
+    parameter("order", "By creation.", {"type": "string", "enum": ["asc", "desc"], "default": "desc"}),
+    AFTER,
+]
+BYTES = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 
 
 class Content(EventStream):
@@ -61,17 +64,18 @@ def batches_of(request: Request) -> BatchService:
     return service
 
 
-@router.post("/v1/files", openapi_extra=_FORM)
+@router.post("/v1/files", **describe(File, 404, 503, 507, form=FORM))
 async def upload_file(request: Request) -> JSONResponse:
     """Upload a file of requests, one JSON object per line."""
     service = batches_of(request)
     return JSONResponse((await service.upload(request, caller_of(request).tenant)).body())
 
 
-@router.get("/v1/files", openapi_extra=query_parameters("purpose", "limit", "order", "after"))
+@router.get("/v1/files", **describe(FileList, 400, 404, parameters=PAGE))
 async def list_files(request: Request) -> JSONResponse:
     """The caller's files, newest first."""
     service, query = batches_of(request), request.query_params
+    check_query(query, PAGE)
     limit, order = page_limit(query, MAX_LISTED, MAX_LISTED), query.get("order", "desc")
     if order not in ("asc", "desc"):
         raise RequestError(f"order is {order[:80]!r}; it must be 'asc' or 'desc'", field="order")
@@ -87,13 +91,13 @@ async def list_files(request: Request) -> JSONResponse:
     return JSONResponse(listed([file.body() for file in files], limit))
 
 
-@router.get("/v1/files/{file_id}")
+@router.get("/v1/files/{file_id}", **describe(File, 404))
 async def get_file(request: Request, file_id: str) -> JSONResponse:
     """One file by its id."""
     return JSONResponse(batches_of(request).file(file_id, caller_of(request).tenant).body())
 
 
-@router.delete("/v1/files/{file_id}")
+@router.delete("/v1/files/{file_id}", **describe(DeletedFile, 404))
 async def delete_file(request: Request, file_id: str) -> JSONResponse:
     """Forget a file. Batches that read it are not affected."""
     service = batches_of(request)
@@ -102,7 +106,7 @@ async def delete_file(request: Request, file_id: str) -> JSONResponse:
     return JSONResponse({"id": file.id, "object": "file", "deleted": True})
 
 
-@router.get("/v1/files/{file_id}/content")
+@router.get("/v1/files/{file_id}/content", **describe(None, 404, also=BYTES))
 async def get_content(request: Request, file_id: str) -> Response:
     """A file's bytes, streamed."""
     service = batches_of(request)

@@ -6,12 +6,13 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from polybatch.server.metrics import render
+from polybatch.server.openapi import PLAIN_TEXT, describe
 from polybatch.server.state import state_of
 
 router = APIRouter(tags=["operations"])
 
 
-@router.get("/metrics")
+@router.get("/metrics", **describe(also=PLAIN_TEXT))
 async def metrics(request: Request) -> Response:
     """All metrics, without those of the engine while it is away."""
     state = state_of(request)

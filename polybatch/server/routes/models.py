@@ -8,19 +8,21 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse
 
 from polybatch.server.auth import caller_of
+from polybatch.server.interface.answers import Model, ModelList
 from polybatch.server.names import unknown_model
+from polybatch.server.openapi import describe
 from polybatch.server.state import ServerState, state_of
 
 router = APIRouter(tags=["models"])
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", **describe(ModelList))
 async def list_models(request: Request) -> JSONResponse:
     """All models: the base model's names first, then adapters, each with its base as `parent`."""
     return JSONResponse({"object": "list", "data": _models(request)})
 
 
-@router.get("/v1/models/{model:path}")
+@router.get("/v1/models/{model:path}", **describe(Model, 404))
 async def get_model(request: Request, model: str) -> JSONResponse:
     """One model by its id."""
     for entry in _models(request):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse
 
@@ -14,34 +13,20 @@ from polybatch.errors import RequestError
 from polybatch.server.auth import caller_of
 from polybatch.server.bodies import decode_as, read_body
 from polybatch.server.generation import encode, render
+from polybatch.server.interface.answers import Text, Tokens
+from polybatch.server.interface.requests import DetokenizeRequest, TokenizeRequest
 from polybatch.server.names import adapter_of
-from polybatch.server.openapi import struct_body
+from polybatch.server.openapi import describe
 from polybatch.server.state import state_of
 
 router = APIRouter(tags=["tokens"])
 
 
-class Tokenize(msgspec.Struct, forbid_unknown_fields=True):
-    """prompt or messages, one of them. add_special_tokens: None is true for a prompt, false for messages."""
-
-    model: str | None = None
-    prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
-    add_special_tokens: bool | None = None
-    add_generation_prompt: bool = True
-    return_token_strs: bool = False
-
-
-class Detokenize(msgspec.Struct, forbid_unknown_fields=True):
-    tokens: list[int]
-    model: str | None = None
-
-
-@router.post("/tokenize", openapi_extra=struct_body(Tokenize))
+@router.post("/tokenize", **describe(Tokens, 404, body=TokenizeRequest))
 async def tokenize(request: Request) -> JSONResponse:
     """Token ids of a text or of a conversation."""
     state = state_of(request)
-    body = decode_as(await read_body(request, state.config), Tokenize)
+    body = decode_as(await read_body(request, state.config), TokenizeRequest)
     _check_model(request, body.model)
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("give either prompt or messages", field="prompt")
@@ -66,11 +51,11 @@ async def tokenize(request: Request) -> JSONResponse:
     )
 
 
-@router.post("/detokenize", openapi_extra=struct_body(Detokenize))
+@router.post("/detokenize", **describe(Text, 404, body=DetokenizeRequest))
 async def detokenize(request: Request) -> JSONResponse:
     """Text of token ids, special ones by name."""
     state = state_of(request)
-    body = decode_as(await read_body(request, state.config), Detokenize)
+    body = decode_as(await read_body(request, state.config), DetokenizeRequest)
     _check_model(request, body.model)
     tokenizer = state.llm.tokenizer
     if tokenizer is None:

@@ -1,0 +1,1 @@
+"""What goes over HTTP, as types that the OpenAPI document is made of."""
