@@ -2,7 +2,7 @@
 
 A name points at one digest; several names may point at the same. Weights live in host memory as long as a
 name or a request holds their digest, so an adapter may be removed, or its name given other weights, while
-requests that use the old ones still run. Not thread-safe: one thread owns it.
+requests that use the old ones still run. Not thread-safe but for `read`: one thread owns it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,11 @@ class AdapterStore:
         Raises AdapterError, changing nothing, if the name or the adapter is bad.
         """
         _check_name(name)
-        return self.add_weights(name, load_peft(path, self._base))
+        return self.add_weights(name, self.read(path))
+
+    def read(self, path: str | Path) -> AdapterWeights:
+        """An adapter's weights, for `add_weights`; any thread may call this. Raises AdapterError."""
+        return load_peft(path, self._base)
 
     def add_weights(self, name: str, weights: AdapterWeights) -> AdapterRef:
         """`register` for an adapter that is in memory already; its shapes must be those of the base model.

@@ -18,10 +18,11 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
+from polybatch.adapters.weights import AdapterWeights
 from polybatch.engine import messages as ms
+from polybatch.engine.adapter_reader import AdapterReader, ReadsAdapters
 from polybatch.engine.core import EngineCore
 from polybatch.engine.deltas import DeltaCutter
 from polybatch.engine.grammars import WaitingForGrammars
@@ -42,10 +43,10 @@ ORPHAN_S = 10.0
 Send = Callable[[ms.ToFront], None]
 
 
-class AdapterRegistry(Protocol):
+class AdapterRegistry(ReadsAdapters, Protocol):
     """Adapters that come and go; `polybatch.adapters.store.AdapterStore` is the real one."""
 
-    def register(self, name: str, path: str | Path) -> AdapterRef: ...
+    def add_weights(self, name: str, weights: AdapterWeights) -> AdapterRef: ...
 
     def remove(self, name: str) -> AdapterRef: ...
 
@@ -97,6 +98,7 @@ class EngineLoop:
         self._cutter = DeltaCutter()
         self._num_failed = 0
         self._waiting = WaitingForGrammars(engine.core.door.grammars, inbox)
+        self._reader = AdapterReader(engine.adapters, inbox)
         self.num_beats = 0
         self.num_steps = 0
         self.is_busy = False
@@ -130,7 +132,11 @@ class EngineLoop:
                 if output is not None:
                     self._emit([output])
             case ms.AddAdapter():
-                self._call(message.call_id, lambda: self._adapters.register(message.name, message.path))
+                read = self._reader.take(message)
+                if read is not None:
+                    self._call(
+                        message.call_id, lambda: self._adapters.add_weights(message.name, read.result())
+                    )
             case ms.RemoveAdapter():
                 self._call(message.call_id, lambda: self._adapters.remove(message.name))
             case ms.GetStats():

@@ -127,8 +127,14 @@ class StubAdapters:
 
     def register(self, name: str, path: str | Path) -> AdapterRef:
         """Raises AdapterError for a folder called missing."""
+        return self.add_weights(name, self.read(path))
+
+    def read(self, path: str | Path) -> AdapterWeights:
         if Path(path).name.startswith("missing"):
-            raise AdapterError(f"adapter {name!r}: {path} has no adapter_config.json")
+            raise AdapterError(f"{path} has no adapter_config.json")
+        return AdapterWeights(str(path), layers=())
+
+    def add_weights(self, name: str, weights: AdapterWeights) -> AdapterRef:
         self._refs[name] = AdapterRef(name, hashlib.sha256(name.encode()).hexdigest(), num_pages=1)
         return self._refs[name]
 
