@@ -270,7 +270,7 @@ class AsyncLLM:
     async def check_structured(self, spec: StructuredSpec) -> None:
         """Compile what an output must follow, in a process that ends if that takes too long.
 
-        Raises RequestError that says what is wrong with it.
+        Raises RequestError that says what is wrong with it, BusyError where too many wait.
         """
         check_constrainable(self._tokenizer, self.spec.eos_token_ids)
         assert self._checker is not None

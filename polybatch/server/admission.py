@@ -16,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 
 from polybatch.errors import RequestError
-from polybatch.server.errors import HttpError
+from polybatch.server.errors import HttpError, busy
 from polybatch.server.tenants import UNLIMITED, TenantLimits
 
 MAX_RETRY_AFTER_S = 60
@@ -163,13 +163,7 @@ class Admission:
             )
 
     def _full(self, message: str, code: str = "queue_full") -> HttpError:
-        return HttpError(
-            429,
-            f"the server is busy: {message}; try again later",
-            kind="rate_limit_error",
-            code=code,
-            headers={"Retry-After": str(self._retry_after_s())},
-        )
+        return busy(f"{message}; try again later", self._retry_after_s(), code)
 
     def _retry_after_s(self) -> int:
         """Seconds until half of the queue has gone, at the rate at which calls ended lately."""

@@ -51,14 +51,19 @@ class Gate:
                 MutableHeaders(scope=message)["X-Request-Id"] = state["request_id"]
             await send(message)
 
+        async def receive_noting() -> Message:
+            message = await receive()
+            state["is_body_read"] = not message.get("more_body", False)
+            return message
+
         try:
             state["caller"] = self._admit(scope["path"], headers)
         except HttpError as error:
-            await error_response(error)(scope, receive, send_with_id)
+            await error_response(error)(scope, receive_noting, send_with_id)
             return
         state["body"] = body = BodyLease(self._bodies)
         try:
-            await self._app(scope, receive, send_with_id)
+            await self._app(scope, receive_noting, send_with_id)
         finally:
             body.release()
 

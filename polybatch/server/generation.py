@@ -21,15 +21,19 @@ from polybatch.request import Request, RequestOutput
 from polybatch.server.admission import Ticket
 from polybatch.server.auth import Caller
 from polybatch.server.call import ServerCall
-from polybatch.server.errors import HttpError, unavailable
+from polybatch.server.errors import HttpError, busy, unavailable
 from polybatch.server.names import adapter_of
 from polybatch.server.state import ServerState
 from polybatch.server.tools.answer import with_tools
+from polybatch.structured.checker import BusyError
 
 logger = logging.getLogger("polybatch.server")
 
 MAX_CHARS_PER_TOKEN = 128
 """Prompts with more characters than so many per token of max_model_len are not even tokenised."""
+
+GRAMMAR_RETRY_S = 3
+"""A grammar is compiled within so much time."""
 
 
 class Generation:
@@ -160,7 +164,10 @@ async def prepare(state: ServerState, call: ServerCall, caller: Caller) -> Gener
         (await render(state, call.call.messages, call.template),) if call.is_chat else call.call.prompts
     )
     if call.call.params.structured is not None:
-        await llm.check_structured(call.call.params.structured)
+        try:
+            await llm.check_structured(call.call.params.structured)
+        except BusyError as error:
+            raise busy(str(error), GRAMMAR_RETRY_S) from error
     internal_id = uuid.uuid4().hex
     requests, texts = [], []
     for index, prompt in enumerate(prompts):

@@ -8,6 +8,7 @@ null or what is wrong with it. Imports no torch.
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from typing import BinaryIO
@@ -20,6 +21,8 @@ from polybatch.structured.spec import StructuredSpec
 from polybatch.structured.vocabulary import Vocabulary
 
 MAX_MEMORY_BYTES = 2 << 30
+MEMORY_STATUS = 77
+"""Exit status of a process whose memory did not suffice."""
 HEADER_BYTES = 4
 
 
@@ -51,4 +54,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except MemoryError:
+        os._exit(MEMORY_STATUS)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import threading
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from server_helpers import RunningServer
 
 from polybatch.server.admission import Admission, Ticket
 from polybatch.server.errors import HttpError
+from polybatch.structured import checker
 
 
 def test_what_fits_the_engine_never_waits() -> None:
@@ -91,3 +94,40 @@ def test_a_full_queue_is_answered_with_429_until_there_is_room() -> None:
         assert statuses.count(200) >= 3
         assert server.complete(**body).status_code == 200
         assert server.state.admission.num_running_seqs == server.state.admission.num_queued_seqs == 0
+
+
+def test_a_full_queue_of_grammars_is_answered_with_429(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checker, "MAX_WAITING", 1)
+    with RunningServer() as server:
+        server.complete(regex="a+", max_tokens=4)
+        waiting = asyncio.run_coroutine_threadsafe(hold(server), server._loop).result(20)
+        refused = server.complete(regex="b+", max_tokens=4)
+        assert refused.status_code == 429, refused.text
+        assert refused.json()["error"]["code"] == "queue_full"
+        assert int(refused.headers["Retry-After"]) > 0
+        assert server.complete(regex="a+", max_tokens=4).status_code == 200
+        server._loop.call_soon_threadsafe(waiting.set)
+        for _ in range(200):
+            answer = server.complete(regex="b+", max_tokens=4)
+            if answer.status_code == 200:
+                break
+            time.sleep(0.02)
+        assert answer.status_code == 200
+
+
+async def hold(server: RunningServer) -> asyncio.Event:
+    """Keep the process that tries out grammars busy until the event is set."""
+    found = server.llm._checker
+    assert found is not None
+    held, until = asyncio.Event(), asyncio.Event()
+
+    async def keep() -> None:
+        async with found._lock:
+            held.set()
+            await until.wait()
+
+    found._num_waiting += 1
+    task = asyncio.create_task(keep())
+    task.add_done_callback(lambda _: setattr(found, "_num_waiting", found._num_waiting - 1))
+    await held.wait()
+    return until

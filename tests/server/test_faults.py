@@ -64,6 +64,7 @@ def test_a_killed_engine_ends_streams_with_an_error_and_comes_back(slow: Running
     down = slow.client.get("/ready")
     assert down.status_code == 503
     assert "SIGKILL" in down.json()["reason"]
+    assert int(down.headers["Retry-After"]) > 0
     assert slow.client.get("/health").status_code == 200
     refused = slow.complete()
     assert refused.status_code == 503

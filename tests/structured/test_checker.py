@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import resource
+import signal
 from collections.abc import Coroutine
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 from polybatch.errors import EngineError, RequestError
 from polybatch.execution.fake import ByteTokenizer
 from polybatch.structured import checker as checking
-from polybatch.structured.checker import GrammarChecker
+from polybatch.structured.checker import BusyError, GrammarChecker
 from polybatch.structured.spec import StructuredSpec
 from polybatch.structured.vocabulary import Vocabulary, vocabulary_of
 
@@ -60,7 +62,62 @@ def test_a_process_that_dies_is_replaced() -> None:
         assert checker._process is not None
         checker._process.kill()
         await checker._process.wait()
-        with pytest.raises(RequestError, match="memory"):
+        # Nobody knows of it: the spec is not to blame.
+        await checker.check(StructuredSpec(regex="b+"))
+        await checker.close()
+
+    run(work())
+
+
+def test_what_kills_every_process_is_an_error_of_the_server_and_not_remembered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def work() -> None:
+        checker = GrammarChecker(vocabulary)
+        exchange = checker._exchange
+
+        async def killed(spec: StructuredSpec) -> str | None:
+            if spec.regex is not None and checker._process is not None:
+                checker._process.kill()
+            return await exchange(spec)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checker, "_exchange", killed)
+            with pytest.raises(EngineError, match="SIGKILL"):
+                await checker.check(StructuredSpec(regex="a+"))
+        await checker.check(StructuredSpec(regex="a+"))
+        await checker.close()
+
+    run(work())
+
+
+def test_a_spec_that_takes_too_much_memory_is_told_so() -> None:
+    async def work() -> None:
+        checker = GrammarChecker(vocabulary, max_s=30.0)
+        await checker.check(StructuredSpec(regex="a+"))
+        assert checker._process is not None
+        pid = checker._process.pid
+        for limit in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
+            _, hard = resource.prlimit(pid, limit)
+            resource.prlimit(pid, limit, (1 << 20, hard))
+        large = StructuredSpec(choice=[f"{i:060}" for i in range(4_000)])
+        for _ in range(2):
+            with pytest.raises(RequestError, match="of memory to compile: simplify it"):
+                await checker.check(large)
+        await checker.check(StructuredSpec(regex="b+"))
+        await checker.close()
+
+    run(work())
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT])
+def test_a_compiler_that_breaks_is_not_said_to_lack_memory(number: signal.Signals) -> None:
+    async def work() -> None:
+        checker = GrammarChecker(vocabulary)
+        await checker.check(StructuredSpec(regex="a+"))
+        assert checker._process is not None
+        checker._process.send_signal(number)
+        with pytest.raises(RequestError, match=f"compiling it failed .{number.name}"):
             await checker.check(StructuredSpec(regex="b+"))
         await checker.check(StructuredSpec(regex="c+"))
         await checker.close()
@@ -88,7 +145,7 @@ def test_those_who_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         checker = GrammarChecker(vocabulary)
         calls = [checker.check(StructuredSpec(regex=f"a{{{i + 1}}}")) for i in range(5)]
         results = await asyncio.gather(*calls, return_exceptions=True)
-        assert [isinstance(result, RequestError) for result in results] == [False, False, True, True, True]
+        assert [isinstance(result, BusyError) for result in results] == [False, False, True, True, True]
         await checker.close()
 
     run(work())

@@ -99,8 +99,12 @@ class Store:
     def add_file(self, file: StoredFile, content: Path) -> None:
         """Take in a content that lies in `work`, with its record."""
         self.place(file.id, content)
-        with self._lock:
-            self._insert_file(file)
+        try:
+            with self._lock:
+                self._insert_file(file)
+        except sqlite3.Error:
+            self.path_of(file.id).unlink()
+            raise
 
     def place(self, file_id: str, content: Path) -> None:
         """Take in a content that lies in `work`; its record is to follow."""
@@ -167,13 +171,17 @@ class Store:
         """Keep a new batch, its input linked so that deleting the file does it no harm."""
         folder = self.work / batch.id
         folder.mkdir()
-        os.link(self.path_of(batch.input_file_id), folder / "input.jsonl")
-        _sync(folder)
-        with self._lock:
-            self._db.execute(
-                "INSERT INTO batches (id, tenant, is_over, record) VALUES (?, ?, 0, ?)",
-                (batch.id, batch.tenant, msgspec.json.encode(batch)),
-            )
+        try:
+            os.link(self.path_of(batch.input_file_id), folder / "input.jsonl")
+            _sync(folder)
+            with self._lock:
+                self._db.execute(
+                    "INSERT INTO batches (id, tenant, is_over, record) VALUES (?, ?, 0, ?)",
+                    (batch.id, batch.tenant, msgspec.json.encode(batch)),
+                )
+        except (OSError, sqlite3.Error):
+            shutil.rmtree(folder)
+            raise
 
     def update_batch(self, batch: Batch, outputs: Iterable[StoredFile] = ()) -> None:
         """Keep what has become of a batch, in one transaction with its output files."""
