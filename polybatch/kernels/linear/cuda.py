@@ -18,17 +18,21 @@ from typing import Any, Protocol
 import torch
 import triton
 
-from polybatch.errors import ConfigError, EngineError
-from polybatch.kernels.linear.cuda_config import Int4Config, int4_config
+from polybatch.errors import ConfigError
+from polybatch.kernels.linear.cuda_config import FRAGMENTS, Int4Config, int4_config
 from polybatch.kernels.linear.cuda_fp8 import quantize_tokens_kernel
+from polybatch.kernels.linear.cuda_fragment_linear import FragmentLinear
 from polybatch.kernels.linear.cuda_int4 import dequantize_kernel, int4_linear_kernel
-from polybatch.kernels.linear.cuda_pack import K_TILE, PLANE, ROW_TILE, Int4Layout, pack_int4
+from polybatch.kernels.linear.cuda_pack import K_TILE, PLANE, ROW_TILE, Int4Layout, pack_fragments, pack_int4
+from polybatch.kernels.linear.cuda_workspace import LinearWorkspace, check_product
 from polybatch.kernels.linear.quantize_symmetric import (
     QuantizedTensor,
     dequantize_symmetric,
     quantize_fp8,
     quantize_int4_symmetric,
 )
+
+__all__ = ["Fp8Linear", "Int4Linear", "LinearWorkspace", "PackedLinear", "pack"]
 
 SCHEMES = (None, "int4", "int4-channel", "fp8")
 SCRATCH_BYTES = 128 << 20
@@ -39,32 +43,6 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 _LADDER = (16, 32, 64, *range(128, FUSED_TOKENS + 1, 128))
-
-
-class LinearWorkspace:
-    """Memory that the packed linears of one stream share; grown while packing, never while running.
-
-    dtype: of activations, bfloat16, float16 or float32 (the last only for unquantised weights).
-    """
-
-    def __init__(self, device: torch.device | str, dtype: torch.dtype, max_tokens: int) -> None:
-        self.device = torch.device(device)
-        self.dtype = dtype
-        self.max_tokens = max_tokens
-        self._buffers: dict[str, torch.Tensor] = {}
-
-    def reserve(self, name: str, numel: int, dtype: torch.dtype) -> None:
-        """Make a buffer, filled with zeros, at least this large; earlier graphs over it become invalid."""
-        held = self._buffers.get(name)
-        if held is None or held.numel() < numel:
-            self._buffers[name] = torch.zeros(numel, dtype=dtype, device=self.device)
-
-    def buffer(self, name: str) -> torch.Tensor:
-        return self._buffers[name]
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(b.numel() * b.element_size() for b in self._buffers.values())
 
 
 class PackedLinear(Protocol):
@@ -113,6 +91,8 @@ def pack(
         return Fp8Linear(weight if isinstance(weight, QuantizedTensor) else quantize_fp8(weight), workspace)
     if not isinstance(weight, QuantizedTensor):
         weight = quantize_int4_symmetric(weight, None if scheme == "int4-channel" else 128)
+    if FRAGMENTS:
+        return FragmentLinear(pack_fragments(weight), workspace)
     return Int4Linear(pack_int4(weight), workspace)
 
 
@@ -156,7 +136,7 @@ class Int4Linear:
 
     def forward(self, x: torch.Tensor, out: torch.Tensor) -> None:
         num_tokens = x.shape[0]
-        _check(x, out, self.layout.num_in, self.layout.num_out, self._workspace)
+        check_product(x, out, self.layout.num_in, self.layout.num_out, self._workspace)
         if num_tokens > FUSED_TOKENS:
             self.forward_widened(x, out)
         elif num_tokens:
@@ -265,7 +245,7 @@ class Fp8Linear:
     def forward(self, x: torch.Tensor, out: torch.Tensor) -> None:
         num_tokens = x.shape[0]
         num_out, num_in = self._values.shape
-        _check(x, out, num_in, num_out, self._workspace)
+        check_product(x, out, num_in, num_out, self._workspace)
         if not num_tokens:
             return
         values, scales = self.quantize(x)
@@ -295,16 +275,3 @@ class Fp8Linear:
             x, values, scales, num_in, x.stride(0), BLOCK=block, num_warps=min(16, max(4, block // 1024))
         )
         return values, scales
-
-
-def _check(x: torch.Tensor, out: torch.Tensor, num_in: int, num_out: int, workspace: LinearWorkspace) -> None:
-    if x.shape[0] > workspace.max_tokens:
-        raise EngineError(
-            f"a linear layer got {x.shape[0]} tokens; its workspace holds {workspace.max_tokens}"
-        )
-    if x.shape[1] != num_in or tuple(out.shape) != (x.shape[0], num_out):
-        raise EngineError(
-            f"linear from {num_in} to {num_out} got x {list(x.shape)} and out {list(out.shape)}"
-        )
-    if x.dtype != workspace.dtype or out.dtype != workspace.dtype or x.stride(1) != 1 or out.stride(1) != 1:
-        raise EngineError(f"x and out must be {workspace.dtype} with a contiguous last axis")

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+FRAGMENTS = False
+"""Whether 4-bit weights are held for the kernel of `cuda_fragments` instead of that of `cuda_int4`."""
+
 _ANY = 1 << 62
 
 
