@@ -165,8 +165,12 @@ class PrefixTree:
         self._drop_empty_root(namespace)
         return node
 
-    def release(self, pages: Iterable[int]) -> None:
-        """Drop a sequence's references; what only the tree still holds becomes evictable."""
+    def release(self, pages: Iterable[int], dead: Iterable[int] = ()) -> None:
+        """Drop a sequence's references; what only the tree still holds becomes evictable.
+
+        dead: those of them, parents first, that nobody is expected to look up again. Where nobody holds them
+        either, they leave the tree at once, with all that hangs below them.
+        """
         pool = self._pool
         now = self._clock.tick()
         for page in pages:
@@ -176,6 +180,10 @@ class PrefixTree:
                 node.last_used = now
                 if not node.children and pool.refs[page] == 1:
                     self._queue(node)
+        for page in dead:
+            node = self._node_of[page]
+            if node is not None and pool.refs[page] == 1:
+                self._forget(node)
 
     def oldest(self) -> int | None:
         """When the page that would be evicted next was last used; None if no page can be evicted."""
@@ -205,11 +213,7 @@ class PrefixTree:
         root = self._roots.get(namespace)
         if root is None:
             return
-        for node in reversed(list(self._walk(root))):
-            self._detach(node)
-        if len(self._evictable) > 2 * self.num_nodes + 64:
-            self._evictable = [entry for entry in self._evictable if entry[2].parent is not None]
-            heapq.heapify(self._evictable)
+        self._detach_below(root)
 
     def count_query(self, query_tokens: int, hit_tokens: int) -> None:
         """Count one admitted lookup, in tokens."""
@@ -300,6 +304,18 @@ class PrefixTree:
         elif self._pool.refs[parent.page] == 1:
             self._queue(parent)
 
+    def _forget(self, node: Node) -> None:
+        """Take out an idle node and what hangs below it, all of it idle."""
+        self._detach_below(node)
+        self._detach(node)
+
+    def _detach_below(self, root: Node) -> None:
+        for node in reversed(list(self._walk(root))):
+            self._detach(node)
+        if len(self._evictable) > 2 * self.num_nodes + 64:
+            self._evictable = [entry for entry in self._evictable if entry[2].parent is not None]
+            heapq.heapify(self._evictable)
+
     def _queue(self, node: Node) -> None:
         if not node.is_queued:
             node.is_queued = True
@@ -307,7 +323,7 @@ class PrefixTree:
 
     @staticmethod
     def _walk(root: Node) -> Iterator[Node]:
-        """All nodes below a root, parents before children."""
+        """All nodes below one, parents before children."""
         stack = list(root.children.values())
         while stack:
             node = stack.pop()

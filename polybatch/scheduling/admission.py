@@ -164,16 +164,20 @@ class Admission:
         track.capacity = len(seq.pages) * self._arena.page_size
         return True
 
-    def vacate(self, track: Track, *, keep: bool) -> None:
-        """Take back all that a running sequence holds. keep: cache its KV until the room is needed."""
+    def vacate(self, track: Track, *, keep: bool, num_kept: int | None = None) -> None:
+        """Take back all that a running sequence holds.
+
+        keep: cache its KV until the room is needed. num_kept: only that of so many tokens; None for all.
+        """
         seq = track.seq
         tree = self._arena.tree
-        if keep and track.namespace is not None:
+        limit = len(seq.pages) if num_kept is None else self._arena.pages_for(num_kept)
+        if keep and track.namespace is not None and limit * self._arena.page_size > seq.num_prompt:
             tree.insert(
                 track.namespace, track.cache_keys, seq.num_computed, seq.pages, track.node,
                 with_partial=True, is_leaving=True,
             )  # fmt: skip
-        tree.release(seq.pages)
+        tree.release(seq.pages, dead=seq.pages[limit:])
         self._drop_adapter(track)
         seq.pages = []
         track.node = None

@@ -159,6 +159,8 @@ class Composer:
             if match is None:
                 num_held += 1
                 continue
+            if running and not self._policy.may_admit(track, match, running):
+                break
             if not self._admission.claim(track, match, draft, is_alone=not running):
                 if not running:
                     raise EngineError(f"{track.seq!r} was accepted and does not fit an empty pool")

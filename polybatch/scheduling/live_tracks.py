@@ -90,7 +90,7 @@ class LiveTracks:
         request_id = seq.request.request_id
         parked = self._parked.get(request_id, [])
         if seq.status is SequenceStatus.RUNNING:
-            self._vacate(track, keep=keep)
+            self._vacate(track, keep=keep, num_kept=self._policy.num_kept(track))
         elif track in parked:
             parked.remove(track)
         else:
@@ -131,8 +131,8 @@ class LiveTracks:
             assert track.capacity == len(seq.pages) * self._arena.page_size
             assert (track.adapter is not None) == (is_running and seq.adapter is not None)
 
-    def _vacate(self, track: Track, *, keep: bool) -> None:
+    def _vacate(self, track: Track, *, keep: bool, num_kept: int | None = None) -> None:
         """Take a running sequence's pages and adapter."""
-        self._admission.vacate(track, keep=keep and self._config.enable_prefix_caching)
+        self._admission.vacate(track, keep=keep and self._config.enable_prefix_caching, num_kept=num_kept)
         self.inflight.remove(track)
         self.running.remove(track)

@@ -6,6 +6,7 @@ from polybatch.errors import ConfigError
 from polybatch.scheduling.policies.base import Policy
 from polybatch.scheduling.policies.fair import Fair
 from polybatch.scheduling.policies.fcfs import FirstComeFirstServed
+from polybatch.scheduling.policies.prefix_groups import PrefixGroups
 from polybatch.scheduling.policies.priority import Priority
 from polybatch.scheduling.track import BATCH_PRIORITY
 
@@ -15,6 +16,7 @@ POLICIES: dict[str, type[Policy]] = {
     "fcfs": FirstComeFirstServed,
     "priority": Priority,
     "fair": Fair,
+    "prefix_groups": PrefixGroups,
 }
 
 

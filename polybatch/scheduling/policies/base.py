@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+from polybatch.memory.prefix_tree import MatchResult
 from polybatch.request import Request
 from polybatch.scheduling.budget import PrefillBudget, StepSoFar
 from polybatch.scheduling.track import BATCH_PRIORITY, Key, Track
@@ -65,6 +66,18 @@ class Policy:
         where they make way for live requests. None is in this step's plan yet.
         """
         return candidates[-1]
+
+    def may_admit(self, track: Track, match: MatchResult, running: Sequence[Track]) -> bool:
+        """Whether a waiting track, next in order, may start in this step; False ends the step's admissions.
+
+        match: what of it is cached. Pages that it needs at once are seen to elsewhere. Not asked where
+        nothing runs, so nobody waits for ever.
+        """
+        return True
+
+    def num_kept(self, track: Track) -> int | None:
+        """Of a track that ends, how many tokens' KV, from the first on, to cache; None for all there is."""
+        return None
 
     def to_abort(self, now: float) -> Iterable[tuple[Track, str]]:
         """Who is to end at once, and what they are told; asked for before a step is planned."""
