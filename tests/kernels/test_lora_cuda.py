@@ -208,3 +208,32 @@ def test_tiles_are_dense_where_enough_narrow_rows_share_them():
     work.fill(views, segments, world.templates, world.groups, 1 << 20, num_rows=101, wide=True)
     dense = np.flatnonzero(views["lora_rows"][work.IS_DENSE, :101])
     assert dense.tolist() == list(range(5, 21 + work.DENSE_ROWS))
+
+
+@given(
+    spans=st.lists(st.tuples(st.integers(1, 80), st.booleans()), max_size=6),
+    wide=st.booleans(),
+    padding=st.integers(0, 20),
+)
+@settings(max_examples=25, deadline=None)
+def test_units_hold_every_row_once_but_those_of_wide_tiles_and_plain_kernels(spans, wide, padding):
+    templates = build_templates([[{"q_proj": ModuleRows(4)}]])
+    segments, at = [], 0
+    for length, is_adapted in spans:
+        if is_adapted:
+            segments.append((at, at + length, 0))
+        at += length
+    num_rows = at + padding
+    views = arrays_of(LoraLimits(1024, 64))
+    plan = work.fill(views, np.array(segments), templates, work.group_shapes(SHAPES), 1 << 20,
+                     num_rows=num_rows, wide=wide)  # fmt: skip
+    units = views["lora_units"][1 : 1 + views["lora_units"][0, 0]]
+    held = []
+    for first, count, tile, _ in units.tolist():
+        assert tile >= 0 or count <= work.BASE_ROWS
+        rows = range(first, first + count)
+        assert all(views["lora_rows"][work.TILE, row] == tile for row in rows)
+        held += rows
+    is_wide = [wide and stop - start >= work.WIDE_TOKENS for start, stop, _ in segments]
+    skipped = {r for (a, b, _), w in zip(segments, is_wide, strict=True) if w for r in range(a, b)}
+    assert sorted(held) == [row for row in range(plan.num_base, num_rows) if row not in skipped]

@@ -233,8 +233,13 @@ class CudaLora:
         if device.type == "cuda":
             self._side = torch.cuda.Stream(device)
         self.is_rehearsal = False
+        self._num_sms = max(num_programs // PROGRAMS_PER_SM, 1)
         self._grid = (num_programs,)
         self._grid_beside = (num_beside or num_programs,)
+
+    def num_programs(self, per_sm: int) -> int:
+        """Programs of a launch that puts so many on every multiprocessor."""
+        return self._num_sms * per_sm
 
     def launcher(self, kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
         """kernel[grid], or in a rehearsal what only compiles it."""

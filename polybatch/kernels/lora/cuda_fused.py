@@ -18,7 +18,7 @@ import triton
 from polybatch.kernels.activation.cuda import silu_mul
 from polybatch.kernels.lora.cuda import CudaLora, early
 from polybatch.kernels.lora.cuda_rms_norm import rms_norm_rows, rms_norm_tiles
-from polybatch.kernels.lora.cuda_silu_mul import silu_mul_rows, silu_mul_tiles
+from polybatch.kernels.lora.cuda_silu_mul import silu_mul_rows, silu_mul_tiles, silu_mul_units
 from polybatch.kernels.lora.cuda_write_kv import write_kv_rows, write_kv_tiles
 from polybatch.kernels.lora.work import BLOCK_TOKENS, GROUPS, LEAD_ROWS, NARROW, WIDE, LoraPlan
 from polybatch.kernels.norm.cuda import checked_width, rms_norm
@@ -29,6 +29,9 @@ QKV, O, GATE_UP, DOWN = range(len(GROUPS))  # noqa: E741
 # Chosen by benchmarks/cuda/lora.py on an H100. Columns of a block, rows of B in a turn for one token and for
 # several, warps.
 SILU_ROWS = (512, 16, 8, 4)
+# Columns of a block, pieces of it where a unit has several rows, warps, programs per multiprocessor; None where
+# programs of SILU_ROWS are to take rows.
+SILU_UNITS: tuple[int, int, int, int] | None = None
 # Columns of a block, blocks of a program, warps, stages.
 SILU_TILES = (64, 8, 4, 3)
 # Elements of B in a turn for one token and for several, warps for 4,096 columns, turns on their way, rows of a
@@ -65,7 +68,7 @@ class FusedLora:
         self._lora, self._words, self._plan, self._num_rows = lora, words, plan, num_rows
         # Rows before these have no adapter and are the plain kernels'.
         self._base = plan.num_base
-        self._rows = arrays["lora_rows"]
+        self._rows, self._units = arrays["lora_rows"], arrays["lora_units"]
         self._tiles = [arrays["lora_tiles"][0, group] for group in range(len(GROUPS))]
         self._bounds = [arrays["lora_bounds"][0, WIDE, group] for group in range(len(GROUPS))]
 
@@ -74,7 +77,17 @@ class FusedLora:
         width, base, is_early = out.shape[1], self._base, self._lora.is_early(GATE_UP)
         if base:
             silu_mul(gate_up[:base], out=out[:base], is_early=is_early)
-        if self._plan.has_rows:
+        if self._plan.has_rows and SILU_UNITS is not None:
+            columns, pieces, warps, per_sm = SILU_UNITS
+            block = max(min(columns, triton.next_power_of_2(width)), 16 * pieces)
+            grid = min((self._num_rows - base) * triton.cdiv(width, block), self._lora.num_programs(per_sm))
+            self._lora.launcher(silu_mul_units, (grid,))(
+                gate_up, gate_up.stride(0), out, out.stride(0), self._units,
+                *self._of_tiles(GATE_UP, layer, memory)[1:],
+                WIDTH=width, BLOCK=block, PIECES=pieces, UNIT=self._lora.unit, BLOCK_T=BLOCK_TOKENS[NARROW],
+                BLOCK_R=TILE_RANK, EXACT=self._lora.is_exact, num_warps=warps, **early(is_early),
+            )  # fmt: skip
+        elif self._plan.has_rows:
             columns, rank_one, rank_few, warps = SILU_ROWS
             # The matrix unit takes 16 columns at least, of which each of LEAD_ROWS programs has so many.
             block = max(min(columns, triton.next_power_of_2(width)), 16 * LEAD_ROWS)

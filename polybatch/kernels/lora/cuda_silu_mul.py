@@ -23,6 +23,10 @@ from polybatch.kernels.lora.cuda_delta import (
     open_tile,
     prefetch_b,
 )
+from polybatch.kernels.lora.work import BASE_ROWS, UNIT_FIELDS, UNIT_FIRST, UNIT_ROWS, UNIT_TILE
+
+_BASE_ROWS, _UNIT_STRIDE = tl.constexpr(BASE_ROWS), tl.constexpr(UNIT_FIELDS)
+_FIRST, _ROWS, _TILE = tl.constexpr(UNIT_FIRST), tl.constexpr(UNIT_ROWS), tl.constexpr(UNIT_TILE)
 
 
 @triton.jit(do_not_specialize=["layer", "max_rows"], do_not_specialize_on_alignment=["rows"])
@@ -62,6 +66,60 @@ def silu_mul_rows(
     elif count > 1:
         _few_rows(gate_up, stride, out, out_stride, row, count, tile, token, block, adapters,
                   WIDTH, BLOCK, UNIT, LEAD, RANK_FEW)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["layer"], do_not_specialize_on_alignment=["units"])
+def silu_mul_units(
+    gate_up, stride, out, out_stride, units, tiles, h, memory, words, layer,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, EXACT: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Programs walk the step's units, block of columns by block, so that none starts in vain.
+
+    Several rows of a tile are on the matrix unit in PIECES of a block. EARLY: see `cuda_delta`.
+    """
+    if EARLY:
+        gdc_launch_dependents()
+    num_blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    num_work = tl.load(units) * num_blocks
+    adapters = (tiles, h, memory, words, layer)
+    if EARLY:
+        _prefetch_unit(units, tl.program_id(0), num_work, adapters, WIDTH, BLOCK, UNIT)
+        gdc_wait()
+    for work in range(tl.program_id(0), num_work, tl.num_programs(0)):
+        if EARLY:
+            _prefetch_unit(units, work + tl.num_programs(0), num_work, adapters, WIDTH, BLOCK, UNIT)
+        unit = units + (1 + work // num_blocks) * _UNIT_STRIDE
+        block = work % num_blocks
+        row, count, tile = tl.load(unit + _FIRST), tl.load(unit + _ROWS), tl.load(unit + _TILE)
+        if tile < 0:
+            n = block * BLOCK + tl.arange(0, BLOCK)
+            t = tl.arange(0, _BASE_ROWS)
+            mask = (t < count)[:, None] & (n < WIDTH)[None, :]
+            at = (row + t).to(tl.int64)[:, None]
+            gate = tl.load(gate_up + at * stride + n[None, :], mask=mask, other=0.0)
+            up = tl.load(gate_up + at * stride + WIDTH + n[None, :], mask=mask, other=0.0)
+            _store(gate, up, out + at * out_stride + n[None, :], mask)
+        elif count == 1:
+            _few_rows(gate_up, stride, out, out_stride, row, count, tile, 0, block, adapters,
+                      WIDTH, BLOCK, UNIT, 1, BLOCK_R)  # fmt: skip
+        else:
+            _tile(gate_up, stride, out, out_stride, row, tile, block * PIECES, adapters,
+                  WIDTH, BLOCK // PIECES, PIECES, UNIT, BLOCK_T, BLOCK_R, True, EXACT)  # fmt: skip
+
+
+@triton.jit
+def _prefetch_unit(
+    units, work, num_work, adapters, WIDTH: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr
+):  # fmt: skip
+    """Send for what one turn reads of B."""
+    num_blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    if work < num_work:
+        tile = tl.load(units + (1 + work // num_blocks) * _UNIT_STRIDE + _TILE)
+        column = work % num_blocks * BLOCK
+        if tile >= 0:
+            prefetch_b(tile, 0, column, tl.minimum(BLOCK, WIDTH - column), adapters, UNIT, BLOCK)
+            prefetch_b(tile, 1, column, tl.minimum(BLOCK, WIDTH - column), adapters, UNIT, BLOCK)
 
 
 @triton.jit

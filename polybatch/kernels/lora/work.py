@@ -54,6 +54,13 @@ LEAD_ROWS = 4
 # Rows from which on a narrow tile is dense; at least LEAD_ROWS.
 DENSE_ROWS = 4
 
+# Fields of a unit, the rows that a program takes at once where programs walk a list of them: its first row, how
+# many, its narrow tile or ABSENT. Row 0 of `lora_units` says first how many units follow.
+UNIT_FIRST, UNIT_ROWS, UNIT_TILE = range(3)
+UNIT_FIELDS = 4
+# Most rows of a unit without adapter.
+BASE_ROWS = 8
+
 NARROW, WIDE = 0, 1
 BLOCK_TOKENS = (16, 64)
 BLOCK_RANK = 16
@@ -169,6 +176,7 @@ def arrays(limits: LoraLimits) -> dict[str, tuple[tuple[int, ...], type[np.int32
         "lora_items": ((num_groups * limits.max_tiles * TILE_ITEMS,), np.int32),
         "lora_bounds": ((MAX_ROUNDS, 2, num_groups, BOUND_FIELDS), np.int32),
         "lora_rows": ((4, limits.max_tokens), np.int32),
+        "lora_units": ((limits.max_tokens + 1, UNIT_FIELDS), np.int32),
     }
 
 
@@ -202,6 +210,7 @@ def fill(
         segments, template = segments[keep], template[keep]
     if not len(segments):
         views["lora_bounds"][:1] = 0
+        _fill_units(views["lora_units"], rows[TILE], starts := np.zeros(0, np.int64), starts, 0, num_rows)
         return GRAPH_PLAN
     starts, stops = segments[:, 0], segments[:, 1]
     is_wide = (stops - starts >= WIDE_TOKENS) & wide
@@ -265,6 +274,9 @@ def fill(
     if not wide or num_base < MIN_BASE_ROWS:
         num_base = 0
     num_covered = _fill_rows(rows, first, num_tokens, num_narrow)
+    _fill_units(
+        views["lora_units"], rows[TILE], first[:num_narrow], num_tokens[:num_narrow], num_base, num_rows
+    )
     pairs = list(itertools.pairwise(edges))
     return LoraPlan(
         tuple((low < num_narrow, high > num_narrow) for low, high in pairs),
@@ -327,6 +339,24 @@ def _fill_rows(rows: Array, first: Int64Array, num_tokens: Int64Array, num_narro
     rows[IS_DENSE, at[:num_in_narrow]] = (num_tokens >= DENSE_ROWS)[tile[:num_in_narrow]]
     rows[LEADS, at] = leads
     return len(at) - num_in_narrow
+
+
+def _fill_units(
+    units: Array, tile_of_row: Array, first: Int64Array, num_tokens: Int64Array, num_base: int, num_rows: int
+) -> None:
+    """Units of the narrow tiles, then of the rows without adapter from num_base on."""
+    base = np.flatnonzero(tile_of_row[num_base:num_rows] == ABSENT) + num_base
+    # Neighbours share a unit: a run's rows have one difference of row and place in the list.
+    shift = base - np.arange(len(base))
+    starts = np.searchsorted(shift, shift)
+    leads = np.flatnonzero((np.arange(len(base)) - starts) % BASE_ROWS == 0)
+    num_tiles, num_units = len(first), len(first) + len(leads)
+    units[0, 0] = num_units
+    held = units[1 : 1 + num_units]
+    held[:num_tiles, UNIT_FIRST], held[:num_tiles, UNIT_ROWS] = first, num_tokens
+    held[:num_tiles, UNIT_TILE] = np.arange(num_tiles)
+    held[num_tiles:, UNIT_FIRST], held[num_tiles:, UNIT_TILE] = base[leads], ABSENT
+    held[num_tiles:, UNIT_ROWS] = np.diff(leads, append=len(base))
 
 
 def _within(counts: Array) -> Array:
