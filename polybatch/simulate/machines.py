@@ -1,0 +1,199 @@
+"""Machines to simulate: what a step costs on them, and how many pages they have. No torch.
+
+A machine is a cost model, a page pool and the limits of its scheduler. Measured ones come from the JSON that
+`polybatch calibrate` writes; the built-in ones are fitted by hand to docs/performance.md and are there to try
+things out. `scaled` derives another model size or tensor-parallel degree: an estimate, and marked as one.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from polybatch.config import PoolSpec
+from polybatch.errors import ConfigError
+from polybatch.scheduling.costs import CostModel, StepCosts, StepShape
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """One engine: model, device and memory.
+
+    costs: seconds of a step. pool: pages for KV and adapters; page_bytes is per layer.
+    adapter_bytes_per_rank: of an adapter's rows, in all layers. link_bytes_per_s: at which KV leaves or
+    reaches it. max_num_batched_tokens, max_num_seqs, max_model_len: as in `SchedulerConfig`.
+    num_devices: by which goodput is divided. is_estimate: derived, not measured.
+    """
+
+    name: str
+    costs: StepCosts
+    pool: PoolSpec
+    adapter_bytes_per_rank: float
+    max_num_batched_tokens: int = 2048
+    max_num_seqs: int = 256
+    max_model_len: int = 131_072
+    link_bytes_per_s: float = 25e9
+    num_devices: int = 1
+    is_estimate: bool = False
+
+    @property
+    def kv_bytes_per_token(self) -> float:
+        return self.pool.page_bytes * self.pool.num_layers / self.pool.page_size
+
+    def adapter_pages(self, rank: int) -> int:
+        """Pages that an adapter of this rank takes."""
+        return max(
+            1, round(self.adapter_bytes_per_rank * rank / (self.pool.page_bytes * self.pool.num_layers))
+        )
+
+    def prefill_s(self, num_tokens: int) -> float:
+        """Time of a prompt alone, in steps as large as the token budget allows."""
+        total, start = 0.0, 0
+        while start < num_tokens:
+            n_new = min(self.max_num_batched_tokens, num_tokens - start)
+            total += self.costs.predict(
+                StepShape(
+                    num_tokens=n_new, num_prefill_tokens=n_new, num_logits=1,
+                    prefill_pairs=n_new * start + n_new * (n_new + 1) // 2,
+                )
+            )  # fmt: skip
+            start += n_new
+        return total
+
+    def decode_s(self, batch: int, context: int) -> float:
+        """Time of a step in which `batch` sequences of `context` tokens decode."""
+        return self.costs.predict(
+            StepShape(num_tokens=batch, num_decodes=batch, decode_context=batch * context, num_logits=batch)
+        )
+
+    def request_s(self, num_input: int, num_output: int, batch: int = 1) -> float:
+        """Time that a request takes where `batch` others like it decode beside it."""
+        context = num_input + num_output // 2
+        return self.prefill_s(num_input) + (num_output - 1) * self.decode_s(batch, context)
+
+
+def h100_8b() -> Machine:
+    """Llama-3.1-8B in bfloat16 on one H100 of 80 GB, by hand from docs/performance.md.
+
+    A page of 16 tokens is 2 MiB over 32 layers; 27,600 of them are left beside 16 GB of weights.
+    """
+    return Machine(
+        name="h100-8b",
+        costs=CostModel(
+            base=5.75e-3, hinge=192, per_token_beyond=22.1e-6, per_context=2.7e-8, per_pair=1.05e-9,
+            per_adapter_page=0.68e-6, per_adapter_token=0.3e-6, per_load_page=42.8e-6,
+        ),
+        pool=PoolSpec(num_pages=27_600, page_size=16, page_bytes=65_536, num_layers=32),
+        adapter_bytes_per_rank=84e6 / 16,
+        max_num_batched_tokens=8192,
+    )  # fmt: skip
+
+
+def cpu_135m() -> Machine:
+    """SmolLM2-135M with int4 weights on two CPU cores; a rough guess until it is calibrated."""
+    return Machine(
+        name="cpu-135m",
+        costs=CostModel(
+            base=4.0e-3, per_token=0.55e-3, per_decode=0.25e-3, per_context=0.25e-6, per_pair=0.12e-6
+        ),
+        pool=PoolSpec(num_pages=1_280, page_size=16, page_bytes=12_288, num_layers=30),
+        adapter_bytes_per_rank=122_000,
+        max_model_len=8192,
+        max_num_seqs=64,
+    )  # fmt: skip
+
+
+BUILT_IN = {"h100-8b": h100_8b, "cpu-135m": cpu_135m}
+
+
+def scaled(machine: Machine, *, parameters: float = 1.0, num_devices: int = 1) -> Machine:
+    """An estimate of a larger model or of several devices that share one (tensor parallelism).
+
+    parameters: the new model's size as a multiple of the old one's. Weights, arithmetic and adapters grow
+    with it; KV per token with its square root, as depth and width both grow. Each of `num_devices` does its
+    part of all that at 85 % efficiency, and holds its part of weights and pages; the memory that the weights
+    do not take, and the cost of the sums between devices, are not known here: check pages and steps by hand.
+    """
+    if parameters <= 0 or num_devices < 1:
+        raise ConfigError(
+            f"parameters is {parameters} and num_devices is {num_devices}; they must be positive: "
+            "give multiples of the measured machine"
+        )
+    costs = machine.costs
+    if not isinstance(costs, CostModel):
+        raise ConfigError(f"machine {machine.name} has no linear cost model to scale: name a calibrated one")
+    share = 1.0 if num_devices == 1 else 1 / (0.85 * num_devices)
+    wide, kv = parameters * share, parameters**0.5 * share
+    factors = {
+        "base": wide, "per_token": wide, "per_token_beyond": wide, "per_context": kv, "per_pair": kv,
+        "per_adapter_page": share, "per_adapter_token": wide, "per_load_page": share,
+    }  # fmt: skip
+    scaled_costs = replace(costs, **{name: getattr(costs, name) * by for name, by in factors.items()})
+    pages = int(machine.pool.num_pages * num_devices / parameters**0.5)
+    pool = replace(
+        machine.pool, num_pages=max(1, pages), page_bytes=int(machine.pool.page_bytes * parameters**0.5)
+    )
+    return replace(
+        machine, name=f"{machine.name}*{parameters:g}/tp{num_devices}", costs=scaled_costs, pool=pool,
+        adapter_bytes_per_rank=machine.adapter_bytes_per_rank * parameters, num_devices=num_devices,
+        is_estimate=True,
+    )  # fmt: skip
+
+
+def machine_named(name: str) -> Machine:
+    """A built-in machine. Raises ConfigError for an unknown name."""
+    if name not in BUILT_IN:
+        raise ConfigError(
+            f"machine is {name!r}; it must be a profile's JSON file or one of {', '.join(BUILT_IN)}: "
+            "measure this one with polybatch calibrate"
+        )
+    return BUILT_IN[name]()
+
+
+def load_machine(name: str) -> Machine:
+    """A built-in machine, or a profile from a file. Raises ConfigError for neither."""
+    path = Path(name)
+    if name in BUILT_IN or not path.is_file():
+        return machine_named(name)
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(
+            f"profile {path} is not JSON ({error}): write it with polybatch calibrate"
+        ) from error
+    return machine_from(content, path.stem)
+
+
+def machine_from(content: dict[str, Any], name: str) -> Machine:
+    """A machine from a profile: {"costs": {...}, "pool": {...}, ...}, with the fields of `Machine`.
+
+    Raises ConfigError that names what is missing or unknown.
+    """
+    known = {f.name for f in fields(Machine)}
+    unknown = content.keys() - known
+    missing = {"costs", "pool", "adapter_bytes_per_rank"} - content.keys()
+    if unknown or missing:
+        raise ConfigError(
+            f"profile {name} has {sorted(unknown)} that are not known and lacks {sorted(missing)}: "
+            "write it with polybatch calibrate"
+        )
+    values = {
+        "name": name,
+        **content,
+        "costs": costs_from(content["costs"]),
+        "pool": PoolSpec(**content["pool"]),
+    }
+    return Machine(**values)
+
+
+def costs_from(values: dict[str, float]) -> CostModel:
+    """A cost model from coefficients by name. Raises ConfigError for unknown names."""
+    known = {f.name for f in fields(CostModel)}
+    unknown = values.keys() - known
+    if unknown:
+        raise ConfigError(f"costs name {sorted(unknown)}; known are {sorted(known)}: correct the profile")
+    return CostModel(**values)  # type: ignore[arg-type]
