@@ -53,4 +53,4 @@ def test_every_flag_of_serve_itself_is_mentioned_and_every_one_mentioned_exists(
     own = {p.opts[0] for p in options if p.rich_help_panel in ("HTTP", "Access", "Limits")}
     mentioned = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", PAGE))
     assert own <= mentioned
-    assert mentioned - known <= {"--tenant", "--file", "--admin"}, "of polybatch keys new"
+    assert mentioned - known <= {"--tenant", "--file", "--admin", "--metrics"}, "of polybatch keys new"

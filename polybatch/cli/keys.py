@@ -21,16 +21,19 @@ def new(
         "keys.txt"
     ),
     admin: Annotated[bool, typer.Option("--admin", help="For loading adapters and the like, too.")] = False,
+    metrics: Annotated[bool, typer.Option("--metrics", help="For /metrics and nothing else.")] = False,
 ) -> None:
     """Make a key, append its hash to the file and print it, this once.
 
     A server that runs takes it after: kill -HUP PID
     """
     try:
-        from polybatch.server.key_file import add_key
+        from polybatch.server.key_file import Role, add_key
     except ModuleNotFoundError as error:
         raise ConfigError(f"{error.name} is not installed: pip install 'polybatch[serve]'") from error
-    typer.echo(add_key(file, tenant, is_admin=admin))
+    if admin and metrics:
+        raise ConfigError("--admin and --metrics are different keys: make two")
+    typer.echo(add_key(file, tenant, Role.ADMIN if admin else Role.METRICS if metrics else Role.TENANT))
 
 
 @app.callback()

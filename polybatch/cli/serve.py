@@ -74,6 +74,12 @@ def serve(
         list[str] | None,
         typer.Option(rich_help_panel=_ACCESS, help="For loading adapters and the like; closed without one."),
     ] = None,
+    metrics_api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            rich_help_panel=_ACCESS, help="For /metrics and nothing else; once there are keys it needs one."
+        ),
+    ] = None,
     api_keys: Annotated[
         Path | None,
         typer.Option(
@@ -190,9 +196,9 @@ def serve(
     keys = api_key or [os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)][:1]
     server = ServerConfig(
         served_model_names=names, host=host, port=port, api_keys=tuple(keys),
-        admin_api_keys=tuple(admin_api_key or ()), adapter_roots=tuple(adapter_root or ()),
-        allowed_hosts=tuple(allowed_host or ()), tool_call_parser=tool_call_parser,
-        max_num_queued_reqs=max_num_queued_reqs,
+        admin_api_keys=tuple(admin_api_key or ()), metrics_api_keys=tuple(metrics_api_key or ()),
+        adapter_roots=tuple(adapter_root or ()), allowed_hosts=tuple(allowed_host or ()),
+        tool_call_parser=tool_call_parser, max_num_queued_reqs=max_num_queued_reqs,
         max_num_queued_tokens=max_num_queued_tokens, max_body_bytes=max_body_bytes, max_n=max_n,
         max_logprobs=max_logprobs, max_stop_strings=max_stop_strings, drain_timeout_s=drain_timeout,
         otlp_traces_endpoint=otlp_traces_endpoint,

@@ -131,7 +131,7 @@ class StubAdapters:
 
     def read(self, path: str | Path) -> AdapterWeights:
         if Path(path).name.startswith("missing"):
-            raise AdapterError(f"{path} has no adapter_config.json")
+            raise AdapterError(f"adapter path {str(path)!r} has no adapter_config.json")
         return AdapterWeights(str(path), layers=())
 
     def add_weights(self, name: str, weights: AdapterWeights) -> AdapterRef:

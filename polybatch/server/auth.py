@@ -17,7 +17,7 @@ from fastapi import Request
 
 from polybatch.errors import ConfigError
 from polybatch.server.errors import HttpError
-from polybatch.server.key_file import ADMIN_TENANT, KeyRecord, digest_of, read_keys
+from polybatch.server.key_file import ADMIN_TENANT, KeyRecord, Role, digest_of, read_keys
 
 SCHEME = "bearer "
 
@@ -30,20 +30,29 @@ class Caller:
     """
 
     tenant: str = ""
-    is_admin: bool = False
+    role: Role = Role.TENANT
+
+    @property
+    def is_admin(self) -> bool:
+        return self.role is Role.ADMIN
 
 
 class Keys:
     """The keys that a server takes. With no API key and no file everybody may call, but not administer."""
 
     def __init__(
-        self, api_keys: Iterable[str] = (), admin_keys: Iterable[str] = (), file: Path | None = None
+        self,
+        api_keys: Iterable[str] = (),
+        admin_keys: Iterable[str] = (),
+        file: Path | None = None,
+        metrics_keys: Iterable[str] = (),
     ) -> None:
         """Raises ConfigError if the file cannot be used."""
         self._secret = secrets.token_bytes(32)
         fixed = [KeyRecord(digest_of(key).hex()[:16], digest_of(key)) for key in api_keys]
         self._is_open = not fixed and file is None
-        fixed += [KeyRecord(ADMIN_TENANT, digest_of(key), is_admin=True) for key in admin_keys]
+        fixed += [KeyRecord(ADMIN_TENANT, digest_of(key), Role.ADMIN) for key in admin_keys]
+        fixed += [KeyRecord(ADMIN_TENANT, digest_of(key), Role.METRICS) for key in metrics_keys]
         self._fixed, self._file = fixed, file
         self._callers: dict[bytes, tuple[bytes, Caller]] = {}
         self.reload()
@@ -59,13 +68,16 @@ class Keys:
 
     @property
     def tenants(self) -> frozenset[str]:
-        return frozenset(caller.tenant for _, caller in self._callers.values())
+        """Those who may generate."""
+        return frozenset(
+            caller.tenant for _, caller in self._callers.values() if caller.role is not Role.METRICS
+        )
 
     def reload(self) -> None:
         """Read the file again; calls that were let in go on. Raises ConfigError, changing nothing."""
         records = self._fixed + (read_keys(self._file) if self._file is not None else [])
         callers = {
-            self._blind(record.digest): (record.digest, Caller(record.tenant, record.is_admin))
+            self._blind(record.digest): (record.digest, Caller(record.tenant, record.role))
             for record in records
         }
         if len(callers) < len(records):
@@ -115,3 +127,15 @@ def require_admin(request: Request) -> None:
     keys: Keys = request.app.state.server.keys
     way_out = "send the admin key" if keys.has_admin else "start the server with --admin-api-key"
     raise HttpError(403, f"this route is for administrators: {way_out}", kind="permission_error")
+
+
+def require_watcher(request: Request) -> None:
+    """Dependency of routes that show what all tenants do together. Raises HttpError 403."""
+    keys: Keys = request.app.state.server.keys
+    if not keys.is_open and caller_of(request).role is Role.TENANT:
+        raise HttpError(
+            403,
+            "metrics are for operators, since they name all adapters: send the admin key or one that was "
+            "given as --metrics-api-key",
+            kind="permission_error",
+        )

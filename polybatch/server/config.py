@@ -17,7 +17,8 @@ class ServerConfig:
     tool_call_parser: how the model writes tool calls, None to go by its chat template.
     served_model_names: what `model` may say for the base model; answers to `/v1/models` begin with the first.
     api_keys: one of them is needed for every route but liveness, if there are any. admin_api_keys: for routes
-    that change the server; without one these are closed. api_keys_file, tenants_file: keys and limits of
+    that change the server; without one these are closed. metrics_api_keys: for /metrics and nothing else; an
+    admin key opens it, too. api_keys_file, tenants_file: keys and limits of
     tenants, see `polybatch.server.key_file` and `polybatch.server.tenants`. adapter_roots: folders below
     which adapters may be loaded at run time. allowed_hosts: Host headers besides those of this machine, for a
     server without keys. max_num_queued_reqs, max_num_queued_tokens: completions and prompt tokens that may
@@ -36,6 +37,7 @@ class ServerConfig:
     port: int = 8000
     api_keys: tuple[str, ...] = ()
     admin_api_keys: tuple[str, ...] = ()
+    metrics_api_keys: tuple[str, ...] = ()
     api_keys_file: Path | None = None
     tenants_file: Path | None = None
     adapter_roots: tuple[Path, ...] = ()
@@ -72,11 +74,12 @@ class ServerConfig:
                 raise ConfigError(f"{field.name} is {value}; it must be positive")
             if field.name.endswith("_timeout_s") and value < 0:
                 raise ConfigError(f"{field.name} is {value}; it must not be negative")
-        for key in (*self.api_keys, *self.admin_api_keys):
+        keys = (*self.api_keys, *self.admin_api_keys, *self.metrics_api_keys)
+        for key in keys:
             if not key or not key.isascii() or not key.isprintable() or " " in key:
                 raise ConfigError("an API key is empty or has spaces or characters beyond printable ASCII")
-        if set(self.api_keys) & set(self.admin_api_keys):
-            raise ConfigError("a key is both an API key and an admin key: choose two")
+        if len(set(keys)) < len(keys):
+            raise ConfigError("an API key, admin key or metrics key is given twice: choose others")
         for root in self.adapter_roots:
             if not root.is_dir():
                 raise ConfigError(f"adapter root {root} is no folder: create it or name another")

@@ -6,7 +6,8 @@ All times are seconds; `now`, `at` and those that end in `_at` lie on the engine
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -15,6 +16,7 @@ from polybatch.engine.snapshot import EngineSnapshot, PageKind
 from polybatch.engine.step_log import RequestTrace, StepRecord
 from polybatch.server.auth import Caller
 from polybatch.server.histogram import Histogram
+from polybatch.server.meter import OTHER_ADAPTERS
 from polybatch.server.metrics import kv_usage
 from polybatch.server.state import ServerState
 
@@ -26,7 +28,8 @@ def dashboard_data(
 ) -> dict[str, Any]:
     """Everything but the engine's steps up to `after_step`, which the page has already.
 
-    Once keys exist, a caller sees the requests of the own tenant alone, an administrator those of all.
+    Once keys exist, a caller sees the requests of the own tenant alone and the adapters that exist for it, an
+    administrator those of all.
     """
     health = state.llm.health()
     return {
@@ -47,6 +50,11 @@ def dashboard_data(
 def _engine(state: ServerState, snapshot: EngineSnapshot, caller: Caller, after_step: int) -> dict[str, Any]:
     stats = snapshot.stats.scheduler
     sees_all = state.keys.is_open or caller.is_admin
+    visible = set(state.tenants.visible(caller.tenant, state.llm.adapter_paths)) | {""}
+
+    def shown(adapter: str) -> str:
+        return adapter if sees_all or adapter in visible else OTHER_ADAPTERS
+
     return {
         "now": snapshot.at_s,
         "stats": asdict(stats) | {"num_steps": snapshot.stats.times.num_steps},
@@ -59,10 +67,10 @@ def _engine(state: ServerState, snapshot: EngineSnapshot, caller: Caller, after_
             "kinds": [kind.name.lower() for kind in PageKind],
             "runs": snapshot.pages.runs,
         },
-        "steps": [_step(record) for record in state.view.steps if record.index > after_step],
-        "running": snapshot.running,
-        "waiting": snapshot.waiting,
-        "adapters": _adapters(state, snapshot),
+        "steps": [_step(record, shown) for record in state.view.steps if record.index > after_step],
+        "running": _renamed(snapshot.running, shown),
+        "waiting": _renamed(snapshot.waiting, shown),
+        "adapters": [entry for entry in _adapters(state, snapshot) if shown(entry["name"]) == entry["name"]],
         "requests": [
             _request(state, trace, snapshot.at_s)
             for trace in snapshot.traces
@@ -78,7 +86,15 @@ def _histogram(histogram: Histogram) -> dict[str, Any]:
     }
 
 
-def _step(record: StepRecord) -> dict[str, Any]:
+def _renamed(counts: Mapping[str, int], shown: Callable[[str], str]) -> dict[str, int]:
+    """Counts by adapter, those of hidden ones together."""
+    found: Counter[str] = Counter()
+    for name, count in counts.items():
+        found[shown(name)] += count
+    return dict(found)
+
+
+def _step(record: StepRecord, shown: Callable[[str], str]) -> dict[str, Any]:
     """predicted_s is absent where nothing is predicted."""
     step = {
         "index": record.index,
@@ -87,8 +103,8 @@ def _step(record: StepRecord) -> dict[str, Any]:
         "num_seqs": record.num_seqs,
         "num_loads": record.num_loads,
         "num_preempted": record.num_preempted,
-        "decode": record.decode,
-        "prefill": record.prefill,
+        "decode": _renamed(record.decode, shown),
+        "prefill": _renamed(record.prefill, shown),
     }
     return step if record.predicted_s is None else step | {"predicted_s": record.predicted_s}
 

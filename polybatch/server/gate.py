@@ -17,8 +17,10 @@ from polybatch.server.body_budget import BodyBudget, BodyLease
 from polybatch.server.browsers import browser_caller, is_for_browsers
 from polybatch.server.config import ServerConfig
 from polybatch.server.errors import HttpError, error_response
+from polybatch.server.key_file import Role
 
 OPEN_PATHS = frozenset(("/health",))
+METRICS_PATH = "/metrics"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _LOCAL_HOSTS = frozenset(("localhost", "127.0.0.1", "::1"))
 
@@ -84,8 +86,12 @@ class Gate:
             return Caller()
         authorization = headers.get("authorization")
         if is_for_browsers(path):
-            return browser_caller(self._keys, authorization)
-        return self._keys.caller_of(authorization)
+            caller = browser_caller(self._keys, authorization)
+        else:
+            caller = self._keys.caller_of(authorization)
+        if caller.role is Role.METRICS and path != METRICS_PATH:
+            raise HttpError(403, f"this key is for {METRICS_PATH} alone", kind="permission_error")
+        return caller
 
 
 def _host_of(netloc: str) -> str:

@@ -4,6 +4,7 @@
     acme   sha256:9f86d0...
     acme   sha256:60303a...
     ops    sha256:fd61a0... admin
+    ops    sha256:1b4f0e... metrics
 
 Keys are 256 random bits, which nobody guesses from a hash however fast it is computed; a deliberately slow
 hash helps keys that people choose, and these are none. Several lines of one tenant are keys of equal right,
@@ -12,6 +13,7 @@ so that a key is replaced by adding one, moving clients over, and removing the o
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import os
 import re
@@ -28,13 +30,21 @@ ADMIN_TENANT = "admin"
 _HASH = re.compile(r"sha256:([0-9a-f]{64})")
 
 
+class Role(enum.StrEnum):
+    """What a key is for: TENANT to generate, ADMIN for everything, METRICS for /metrics and nothing else."""
+
+    TENANT = "tenant"
+    ADMIN = "admin"
+    METRICS = "metrics"
+
+
 @dataclass(frozen=True, slots=True)
 class KeyRecord:
     """A key that the server takes. digest: SHA-256 of the key."""
 
     tenant: str
     digest: bytes
-    is_admin: bool = False
+    role: Role = Role.TENANT
 
 
 def digest_of(key: str) -> bytes:
@@ -64,39 +74,42 @@ def read_keys(path: Path) -> list[KeyRecord]:
             continue
         where = f"--api-keys {path}, line {number}"
         found = _HASH.fullmatch(words[1]) if len(words) in (2, 3) else None
-        if found is None or words[2:] not in ([], ["admin"]):
+        if found is None or words[2:] not in ([], [Role.ADMIN], [Role.METRICS]):
             # The line itself is not shown: somebody may have put a key there.
-            raise ConfigError(f"{where} must read: TENANT sha256:HASH [admin]; see polybatch keys new --help")
+            raise ConfigError(
+                f"{where} must read: TENANT sha256:HASH [admin|metrics]; see polybatch keys new --help"
+            )
         try:
             tenant = check_tenant(words[0])
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from error
-        is_admin = len(words) == 3
-        if tenant == ADMIN_TENANT and not is_admin:
+        role = Role(words[2]) if words[2:] else Role.TENANT
+        if tenant == ADMIN_TENANT and role is not Role.ADMIN:
             raise ConfigError(
                 f"{where}: the tenant {ADMIN_TENANT} is for administrators: choose another name"
             )
         digest = bytes.fromhex(found[1])
         if digest in records:
             raise ConfigError(f"{where} has a key that stands in the file already: remove one of the two")
-        records[digest] = KeyRecord(tenant, digest, is_admin)
+        records[digest] = KeyRecord(tenant, digest, role)
     if not records:
         raise ConfigError(f"--api-keys {path} has no keys: add one with polybatch keys new --tenant NAME")
     return list(records.values())
 
 
-def add_key(path: Path, tenant: str, *, is_admin: bool = False) -> str:
+def add_key(path: Path, tenant: str, role: Role = Role.TENANT) -> str:
     """Make a key, append its hash to a file that only its owner may read, and return it.
 
     Raises ConfigError for a bad tenant or a file that cannot be written.
     """
     check_tenant(tenant)
-    if tenant == ADMIN_TENANT and not is_admin:
+    if tenant == ADMIN_TENANT and role is not Role.ADMIN:
         raise ConfigError(
             f"the tenant {ADMIN_TENANT} is for administrators: choose another name, or add --admin"
         )
     key = PREFIX + secrets.token_urlsafe(KEY_BYTES)
-    line = f"{tenant} sha256:{digest_of(key).hex()}{' admin' if is_admin else ''}\n"
+    suffix = "" if role is Role.TENANT else f" {role}"
+    line = f"{tenant} sha256:{digest_of(key).hex()}{suffix}\n"
     try:
         # One write of one line, so that two commands at once do not mix theirs.
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)

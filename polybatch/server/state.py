@@ -51,7 +51,7 @@ class ServerState:
         admission = Admission(
             _max_num_seqs(llm), llm.num_pool_tokens, config.max_num_queued_reqs, config.max_num_queued_tokens
         )
-        keys = Keys(config.api_keys, config.admin_api_keys, config.api_keys_file)
+        keys = Keys(config.api_keys, config.admin_api_keys, config.api_keys_file, config.metrics_api_keys)
         state = cls(llm, config, keys, admission)
         state.reload()
         return state

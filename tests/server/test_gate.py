@@ -27,7 +27,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def locked(root: Path) -> Iterator[RunningServer]:
-    keys = {"api_keys": ("one", "two"), "admin_api_keys": ("boss",), "adapter_roots": (root,)}
+    keys = {
+        "api_keys": ("one", "two"), "admin_api_keys": ("boss",), "metrics_api_keys": ("watcher",),
+        "adapter_roots": (root,),
+    }  # fmt: skip
     with RunningServer(adapters={"red": "red"}, config=keys) as running:
         yield running
 
@@ -53,6 +56,18 @@ def test_every_route_but_liveness_needs_a_key(locked: RunningServer) -> None:
             assert response.json()["error"]["code"] == "invalid_api_key"
     for key in ("one", "two", "boss"):
         assert ask(locked, "GET", "/v1/models", key).status_code == 200
+
+
+def test_a_metrics_key_opens_the_metrics_alone(locked: RunningServer) -> None:
+    for key, status in (("watcher", 200), ("boss", 200), ("one", 403), (None, 401)):
+        response = ask(locked, "GET", "/metrics", key)
+        assert response.status_code == status
+        assert ("polybatch_engine_up" in response.text) == (status == 200)
+    assert "--metrics-api-key" in ask(locked, "GET", "/metrics", "one").json()["error"]["message"]
+    for path in ("/v1/models", "/ready", "/dashboard", "/dashboard/data", "/openapi.json", "/nowhere"):
+        assert ask(locked, "GET", path, "watcher").status_code == 403
+    body = {"model": "base", "prompt": "x"}
+    assert ask(locked, "POST", "/v1/completions", "watcher", json=body).status_code == 403
 
 
 def test_adapters_come_and_go_by_the_admin_key_alone(locked: RunningServer, root: Path) -> None:
@@ -156,6 +171,7 @@ def test_keys_are_not_kept() -> None:
         {"api_keys": ("",)},
         {"api_keys": ("a b",)},
         {"api_keys": ("a",), "admin_api_keys": ("a",)},
+        {"admin_api_keys": ("a",), "metrics_api_keys": ("a",)},
         {"adapter_roots": (Path("/no/such/folder"),)},
         {"max_n": 0},
         {"send_timeout_s": -1.0},

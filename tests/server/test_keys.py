@@ -15,7 +15,7 @@ from polybatch.errors import ConfigError
 from polybatch.server import auth
 from polybatch.server.auth import Keys
 from polybatch.server.errors import HttpError
-from polybatch.server.key_file import add_key, read_keys
+from polybatch.server.key_file import Role, add_key, read_keys
 from polybatch.server.run import reload_tenants
 
 
@@ -23,19 +23,20 @@ def test_a_new_key_is_printed_once_and_kept_as_a_hash(tmp_path: Path) -> None:
     path = tmp_path / "keys.txt"
     outputs = [
         CliRunner().invoke(app, ["keys", "new", "--tenant", "acme", "--file", str(path), *more])
-        for more in ([], ["--admin"])
+        for more in ([], ["--admin"], ["--metrics"])
     ]
-    assert [output.exit_code for output in outputs] == [0, 0]
+    assert [output.exit_code for output in outputs] == [0, 0, 0]
     keys = [output.stdout.strip() for output in outputs]
-    assert len(set(keys)) == 2
+    assert len(set(keys)) == 3
     assert all(len(key) > 40 and key not in path.read_text() for key in keys)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert [record.digest for record in read_keys(path)] == [
         hashlib.sha256(key.encode()).digest() for key in keys
     ]
     found = Keys(file=path)
-    assert [found.caller_of(f"Bearer {key}").tenant for key in keys] == ["acme", "acme"]
-    assert [found.caller_of(f"Bearer {key}").is_admin for key in keys] == [False, True]
+    assert [found.caller_of(f"Bearer {key}").tenant for key in keys] == ["acme"] * 3
+    roles = [found.caller_of(f"Bearer {key}").role for key in keys]
+    assert roles == [Role.TENANT, Role.ADMIN, Role.METRICS]
     assert not found.is_open
 
 

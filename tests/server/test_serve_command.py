@@ -111,7 +111,7 @@ def test_sighup_reads_keys_again(tmp_path: Path) -> None:
 def test_what_cannot_be_served_is_said_in_one_line(tmp_path: Path) -> None:
     missing = error_of("stub", "--adapter", "x=missing")
     assert missing.returncode == 2
-    assert missing.stderr.splitlines()[-1].startswith("polybatch: error: adapter 'x'")
+    assert missing.stderr.splitlines()[-1].startswith("polybatch: error: adapter path 'missing'")
     assert "Traceback" not in missing.stderr
 
 

@@ -89,6 +89,28 @@ def test_a_tenant_sees_and_uses_its_adapters_only(shared: RunningServer, keys: d
     assert ask(shared, keys["acme"], model="red").status_code == 200
 
 
+def test_no_page_names_adapters_of_others(shared: RunningServer, keys: dict[str, str]) -> None:
+    for model in ("blue", "red"):
+        assert ask(shared, keys["free"], model=model, max_tokens=3).status_code == 200
+
+    def page(tenant: str, path: str) -> httpx.Response:
+        return shared.client.get(path, headers={"Authorization": f"Bearer {keys[tenant]}"})
+
+    for tenant in ("acme", "free"):
+        assert page(tenant, "/metrics").status_code == 403
+        assert "blue" not in page(tenant, "/metrics").text
+    deadline = time.monotonic() + 20
+    while "blue" not in page("free", "/dashboard/data").text:
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
+    mine = page("acme", "/dashboard/data")
+    assert "blue" not in mine.text
+    assert [entry["name"] for entry in mine.json()["engine"]["adapters"]][:1] == ["red"]
+    steps = mine.json()["engine"]["steps"]
+    assert any("(other)" in step["decode"] for step in steps)
+    assert any("red" in step["decode"] for step in steps)
+
+
 def test_a_tenant_that_used_its_minute_is_told_when_to_come_back(
     shared: RunningServer, keys: dict[str, str]
 ) -> None:
