@@ -59,8 +59,8 @@ class Cluster:
         """front: engines that requests are sent to. back: those that go on decoding; empty if colocated."""
         self._trace = trace
         self._front, self._back = front, back
-        self._route: Router = router_named(router, front)
-        self._route_back: Router | None = router_named("least-work", back) if back else None
+        self.route: Router = router_named(router, front)
+        self.route_back: Router | None = router_named("least-work", back) if back else None
         self._events: list[Event] = []
         self._num_events = 0
         self._outcomes = [Outcome(request, number) for number, request in enumerate(trace.requests)]
@@ -143,7 +143,7 @@ class Cluster:
 
     def _arrive(self, outcome: Outcome, now: float) -> None:
         outcome.sent_s = now
-        replica = self._front[self._route.choose(outcome, now)]
+        replica = self._front[self.route.choose(outcome, now)]
         if not replica.submit(outcome, now):
             self._over(outcome, now)
         if outcome.request.patience_s is not None:
@@ -162,8 +162,8 @@ class Cluster:
 
     def _hand_over(self, outcome: Outcome, source: Replica, now: float) -> None:
         outcome.reason = outcome.finished_s = None
-        assert self._route_back is not None
-        target = self._back[self._route_back.choose(outcome, now)]
+        assert self.route_back is not None
+        target = self._back[self.route_back.choose(outcome, now)]
         target.offer(outcome, source)
         self._ready[target] = None
 
@@ -172,9 +172,9 @@ class Cluster:
 
     def _over(self, outcome: Outcome, now: float) -> None:
         """Tell the routers, and send what waited for this request; without its output nothing can follow."""
-        self._route.ended(outcome)
-        if self._route_back is not None and outcome.replica >= len(self._front):
-            self._route_back.ended(outcome)
+        self.route.ended(outcome)
+        if self.route_back is not None and outcome.replica >= len(self._front):
+            self.route_back.ended(outcome)
         for successor in self._successors.get(outcome.request.request_id, ()):
             self._num_before[successor.number] -= 1
             if not outcome.is_complete:

@@ -41,15 +41,19 @@ def lengths_by_quantiles(
     return np.maximum(1, np.where(u <= 0.9, below, beyond)).astype(np.int64)
 
 
-def lengths_by_mean(rng: np.random.RandomState, num: int, mean: float, sigma: float, largest: float) -> Ints:
-    """[num] lengths, log-normal with spread `sigma` and cut at `largest`, whose mean is `mean`."""
-    grid = np.exp(sigma * _normal_quantile((np.arange(4096) + 0.5) / 4096))
-    low, high = 0.0, float(largest)
-    for _ in range(60):
+def lengths_by_mean(
+    rng: np.random.RandomState, num: int, mean: float, sigma: float, largest: float | Ints
+) -> Ints:
+    """[num] lengths, log-normal with spread `sigma`, none above `largest`, whose mean is `mean`.
+
+    largest: one for all, or [num]. The mean is that of these very lengths, as far as the limits allow.
+    """
+    drawn = np.exp(sigma * rng.standard_normal(num))
+    low, high = 0.0, 1e9
+    for _ in range(100):
         scale = (low + high) / 2
-        low, high = (scale, high) if np.minimum(grid * scale, largest).mean() < mean else (low, scale)
-    drawn = np.minimum(low * np.exp(sigma * rng.standard_normal(num)), largest)
-    return np.maximum(1, np.rint(drawn)).astype(np.int64)
+        low, high = (scale, high) if np.minimum(drawn * scale, largest).mean() < mean else (low, scale)
+    return np.maximum(1, np.rint(np.minimum(drawn * low, largest))).astype(np.int64)
 
 
 def _normal_quantile(u: Floats) -> Floats:

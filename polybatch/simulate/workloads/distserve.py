@@ -53,8 +53,7 @@ def distserve(
     kind = TASKS[task]
     rng = np.random.RandomState(seed)
     prompts = lengths_by_mean(rng, num_requests, kind.prompt, kind.spread, kind.max_prompt)
-    outputs = lengths_by_mean(rng, num_requests, kind.output, kind.spread, kind.max_total // 2)
-    outputs = np.maximum(1, np.minimum(outputs, kind.max_total - prompts))
+    outputs = lengths_by_mean(rng, num_requests, kind.output, kind.spread, kind.max_total - prompts)
     times = gamma_arrivals(rng, num_requests, rate)
     ttft_s, tpot_s = LIMITS[model]
     deadlines = Deadlines(ttft_s=ttft_s * slo_scale, tpot_s=tpot_s * slo_scale)
