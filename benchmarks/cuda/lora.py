@@ -20,14 +20,25 @@ import numpy as np
 import torch
 
 from benchmarks.cuda.lora_layers import PAGE_BYTES, SHAPES, SPEC, Base, Pool, Step, segments_of, uniform, zipf
-from benchmarks.cuda.lora_timing import MODEL_LAYERS, measure, per_launch, rehearsal, say, tune, tune_wide
+from benchmarks.cuda.lora_timing import (
+    MODEL_LAYERS,
+    VARIANTS,
+    Variant,
+    check_variants,
+    measure,
+    per_launch,
+    rehearsal,
+    say,
+    tune,
+    tune_wide,
+)
 from polybatch.adapters.weights import AdapterWeights, ModuleDelta
 from polybatch.execution.cuda_adapters import CudaAdapters
 from polybatch.kernels.lora import work
 from polybatch.kernels.lora.work import GROUPS
 
 
-def check_all(results: dict, seed: int) -> None:
+def check_all(results: dict, seed: int, variant: Variant) -> None:
     """Mixed ranks, gains, biases, missing modules, long and short segments, padded rows, every dtype."""
     rng = np.random.default_rng(seed)
     worst = {}
@@ -42,11 +53,16 @@ def check_all(results: dict, seed: int) -> None:
         for wide in (False, True):
             step = Step(pool, segments, 450, wide=wide)
             for group in range(len(GROUPS)):
-                error = step.check(group, 1)
+                with variant.chosen():
+                    error = step.check(group, 1)
                 worst[str(dtype)] = max(worst.get(str(dtype), 0.0), error)
-                assert error < bound, f"{dtype} wide={wide} {GROUPS[group]}: relative error {error:.2e}"
-    results["errors"] = worst
-    say("relative errors against float64: " + str({k: f"{v:.1e}" for k, v in worst.items()}))
+                assert error < bound, (
+                    f"{variant.name} {dtype} wide={wide} {GROUPS[group]}: relative error {error:.2e}"
+                )
+    results["errors"][variant.name] = worst
+    say(f"{variant.name}: relative errors against float64: " + ", ".join(
+        f"{kind} {error:.1e}" for kind, error in worst.items()
+    ))  # fmt: skip
 
 
 def check_load(results: dict) -> None:
@@ -82,33 +98,43 @@ def check_load(results: dict) -> None:
           f"queued in {queued_s * 1e3:.2f} ms, laid out once in {prepare_s * 1e3:.0f} ms")  # fmt: skip
 
 
-def run(results: dict, layers: int, seed: int) -> None:
+def run(results: dict, layers: int, seed: int, *, is_quick: bool) -> None:
     """Checks, then times."""
     begin = time.perf_counter()
-    check_all(results, seed)
+    for index, variant in enumerate((VARIANTS[0], VARIANTS[2], VARIANTS[5])):
+        check_all(results, seed + index, variant)
     pool, base = Pool(uniform(64, 16), layers, torch.bfloat16), Base(layers)
-    say(f"checked in {time.perf_counter() - begin:.0f} s; what follows is for {MODEL_LAYERS} layers")
-    say("ms that adapters add, by the groups whose shrink runs beside the base layer:")
     cases = {
-        "64 adapters, 64 rows": segments_of([1] * 64),
-        "64 adapters, 256 rows": segments_of([4] * 64),
-        "64 Zipf, 256 rows": zipf(64, 256),
-        "1 adapter, 1 row": segments_of([1]),
-        "1 adapter, 64 rows": segments_of([64]),
-        "1 adapter, 256 rows": segments_of([256]),
+        "no adapter, 64 rows": ([], 64),
+        "no adapter, 256 rows": ([], 256),
+        "1 adapter, 1 row": (segments_of([1]), 1),
+        "1 adapter, 64 rows": (segments_of([64]), 64),
+        "1 adapter, 256 rows": (segments_of([256]), 256),
+        "8 adapters, 256 rows": (segments_of([32] * 8), 256),
+        "64 adapters, 64 rows": (segments_of([1] * 64), 64),
+        "64 adapters, 256 rows": (segments_of([4] * 64), 256),
+        "64 Zipf, 64 rows": (zipf(64, 64), 64),
+        "64 Zipf, 256 rows": (zipf(64, 256), 256),
+        "1 adapter in 128 of 256 rows": ([(128, 256, 0)], 256),
     }
-    for name, segments in cases.items():
-        step = Step(pool, segments, segments[-1][1], wide=False)
+    steps = {name: Step(pool, segments, rows, wide=False) for name, (segments, rows) in cases.items()}
+    for name in ("1 adapter, 256 rows", "64 Zipf, 256 rows", "1 adapter in 128 of 256 rows"):
+        check_variants(name, steps[name], base, results["differences"])
+    say(f"checked in {time.perf_counter() - begin:.0f} s; what follows is for {MODEL_LAYERS} layers, in ms")
+    for name, step in steps.items():
         measure(name, step, base, results["steps"])
-        if name.startswith(("64 adapters", "1 adapter, 256")):
-            per_launch(name, step, base, results["launches"])
-    measure("no adapter, 256 rows", Step(pool, [], 256, wide=False), base, results["steps"])
-    for name, counts in (("1 adapter, 8192 tokens", [8192]), ("8 adapters, 8192 tokens", [1024] * 8)):
-        step = Step(pool, segments_of(counts), 8192, wide=True)
-        measure(name, step, base, results["steps"], ((),))
+        if name in ("64 adapters, 64 rows", "64 adapters, 256 rows", "1 adapter, 256 rows"):
+            per_launch(name, step, base, results["launches"], VARIANTS[:1] + VARIANTS[5:6])
+    for name, counts in (("1 adapter, 8192 tokens", [8192]), ("25 adapters, 8192 tokens", [327] * 25)):
+        step = Step(pool, segments_of(counts), sum(counts), wide=True)
+        measure(name, step, base, results["steps"], VARIANTS[1:4], 5)
         per_launch(name, step, base, results["launches"])
-    tune(pool, base, results["tuning"])
+    tune(pool, base, results["tuning"], is_quick=is_quick)
     tune_wide(pool, base, results["tuning"])
+
+
+def _empty() -> dict:
+    return {"errors": {}, "differences": {}, "steps": [], "launches": {}, "tuning": []}
 
 
 def main() -> None:
@@ -116,15 +142,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    results: dict = {"device": torch.cuda.get_device_name()}
-    results |= {"steps": [], "launches": {}, "tuning": []}
-    layers, seed = 4 if options.quick else 8, time.time_ns() % 2**31
+    results: dict = {"device": torch.cuda.get_device_name()} | _empty()
+    layers, seed = 8, time.time_ns() % 2**31
     begin = time.perf_counter()
     with rehearsal():
-        run({"steps": [], "launches": {}, "tuning": []}, layers, seed)
+        run(_empty(), layers, seed, is_quick=options.quick)
     print(f"compiled in {time.perf_counter() - begin:.0f} s", flush=True)
     check_load(results)
-    run(results, layers, seed)
+    run(results, layers, seed, is_quick=options.quick)
     print(f"{time.perf_counter() - begin:.0f} s in all")
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))

@@ -79,7 +79,7 @@ class Pool:
 class Step:
     """One step's plan on the device, with x (NaN where no segment is) and y per group."""
 
-    def __init__(self, pool: Pool, segments, num_tokens: int, *, wide: bool, beside_per_sm=None):
+    def __init__(self, pool: Pool, segments, num_tokens: int, *, wide: bool):
         self.pool, self.segments, self.num_tokens = pool, segments, num_tokens
         views = {
             name: np.zeros(shape, dtype)
@@ -93,10 +93,7 @@ class Step:
             took.append(time.perf_counter() - begin)
         self.plan_s = float(np.median(took))
         self.arrays = {name: torch.from_numpy(view).cuda() for name, view in views.items()}
-        self.lora = cuda.CudaLora(
-            GROUP_SHAPES, pool.dtype, torch.device("cuda"), MAX_H,
-            num_beside=beside_per_sm and beside_per_sm * sms(),
-        )  # fmt: skip
+        self.lora = cuda.CudaLora(GROUP_SHAPES, pool.dtype, torch.device("cuda"), MAX_H)
         self.fused = FusedLora(self.lora, pool.words, self.arrays, self.plan, num_tokens)
         self.covered = torch.zeros(num_tokens, dtype=torch.bool)
         for start, stop, _ in segments:
@@ -122,7 +119,7 @@ class Step:
         assert torch.equal(separate[base], y[base]), "a token without adapter changed"
         errors = [distance(separate, expected)]
         self.lora.h.fill_(torch.nan)
-        self.lora.shrink(group, layer, x, *self.args(layer))
+        self.lora.shrink(group, layer, x, *self.args(layer), is_early=cuda.SCHEDULE.is_early)
         rounded = expected.to(y.dtype)
         for got, wanted in self._fused_and_plain(group, layer, y, rounded):
             errors.append(distance(got, wanted.double()))
@@ -204,25 +201,27 @@ class Base:
                 else:
                     base()
 
-            def add_norm(group: int, memory=memory, layer: int = layer) -> None:
+            early = {"is_early": cuda.SCHEDULE.is_early}
+
+            def add_norm(group: int, memory=memory, layer: int = layer, early=early) -> None:
                 x, residual = b["hidden"], b["residual"]
                 if is_adapted:
                     fused.rms_norm(group, layer, memory, x, self.norm, 1e-5, residual=residual, out=x)
                 else:
-                    rms_norm(x, self.norm, 1e-5, residual=residual, out=x)
+                    rms_norm(x, self.norm, 1e-5, residual=residual, out=x, **early)
 
             product(cuda_fused.QKV, b["hidden"], b["qkv"])
             if is_adapted:
                 fused.write_kv(layer, memory, b["qkv"], *place.args())
             else:
-                write_kv(b["qkv"], *place.args())
+                write_kv(b["qkv"], *place.args(), **early)
             product(cuda_fused.O, b["attention"], b["hidden"])
             add_norm(cuda_fused.O)
             product(cuda_fused.GATE_UP, b["hidden"], b["gate_up"])
             if is_adapted:
                 fused.silu_mul(layer, memory, b["gate_up"], b["activated"])
             else:
-                silu_mul(b["gate_up"], out=b["activated"])
+                silu_mul(b["gate_up"], out=b["activated"], **early)
             product(cuda_fused.DOWN, b["activated"], b["hidden"])
             add_norm(cuda_fused.DOWN)
 
@@ -262,7 +261,3 @@ def zipf(num_adapters: int, rows: int) -> list[tuple[int, int, int]]:
     weights = 1 / np.arange(1, num_adapters + 1)
     picks = np.random.default_rng(1).choice(num_adapters, rows, p=weights / weights.sum())
     return segments_of(np.bincount(picks, minlength=num_adapters))
-
-
-def sms() -> int:
-    return torch.cuda.get_device_properties(0).multi_processor_count

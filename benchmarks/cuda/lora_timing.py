@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,17 @@ import torch
 import triton
 
 from benchmarks.cuda import lora_layers
-from benchmarks.cuda.lora_layers import Base, Placement, Pool, Step, consumers, segments_of
+from benchmarks.cuda.lora_layers import Base, Placement, Pool, Step, consumers, distance, segments_of, zipf
 from polybatch.kernels.lora import cuda, cuda_fused, work
+from polybatch.kernels.lora.cuda import Order, Schedule
 from polybatch.kernels.lora.work import GROUPS
 
 READ_BYTES_PER_S = 3.09e12
 MODEL_LAYERS = 32
 _KERNELS = (
     (cuda, ("shrink_kernel", "expand_kernel")),
-    (cuda_fused, ("silu_mul_rows", "silu_mul_tiles", "rms_norm_rows", "rms_norm_tiles", "write_kv_rows",
-                  "write_kv_tiles")),
+    (cuda_fused, ("silu_mul_rows", "silu_mul_units", "silu_mul_tiles", "rms_norm_rows", "rms_norm_tiles",
+                  "write_kv_rows", "write_kv_tiles")),
 )  # fmt: skip
 _is_rehearsal = False
 
@@ -90,72 +92,163 @@ def row_bytes(step: Step) -> int:
     return sum(step.pool.layouts[n].used_bytes for n in live)
 
 
-def measure(name: str, step: Step, base: Base, results: list, besides=((), (0, 1, 2, 3))) -> None:
-    """Milliseconds of the model's layers without adapters, and what adapters add to that.
+@dataclass(frozen=True)
+class Variant:
+    """A schedule, and constants of `cuda_fused` that are set along with it."""
 
-    besides: groups whose shrink runs beside the base layer, a set for each column.
-    """
+    name: str
+    schedule: Schedule = field(default_factory=Schedule)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_same_arithmetic(self) -> bool:
+        """Whether its results are those of the default, bit for bit."""
+        return not self.settings
+
+    @contextlib.contextmanager
+    def chosen(self) -> Iterator[None]:
+        kept = cuda.SCHEDULE, {name: getattr(cuda_fused, name) for name in self.settings}
+        cuda.SCHEDULE = self.schedule
+        for name, value in self.settings.items():
+            setattr(cuda_fused, name, value)
+        try:
+            yield
+        finally:
+            cuda.SCHEDULE = kept[0]
+            for name, value in kept[1].items():
+                setattr(cuda_fused, name, value)
+
+
+def orders(text: str, *, is_early: bool) -> Schedule:
+    """b, a or s for each group: shrink before, after or at the side of the base layer."""
+    by_letter = {"b": Order.BEFORE, "a": Order.AFTER, "s": Order.BESIDE}
+    return Schedule(tuple(by_letter[letter] for letter in text), is_early)
+
+
+UNITS = {"SILU_UNITS": (512, 4, 4, 4), "NORM_ROWS": (1 << 14, 1 << 14, 16, 1, 1)}
+VARIANTS = (
+    Variant("default"),
+    Variant("before", orders("bbbb", is_early=False)),
+    Variant("before early", orders("bbbb", is_early=True)),
+    Variant("after early", orders("aaaa", is_early=True)),
+    Variant("units", settings=UNITS),
+    Variant("units before early", orders("bbbb", is_early=True), UNITS),
+    Variant("units after early", orders("aaaa", is_early=True), UNITS),
+    Variant("units o after early", orders("babb", is_early=True), UNITS),
+    Variant("units o beside early", orders("bsbb", is_early=True), UNITS),
+    Variant("units beside early", orders("ssss", is_early=True), UNITS),
+    Variant("units beside, down after", orders("sssa", is_early=True), UNITS),
+)
+
+
+def measure(name: str, step: Step, base: Base, results: list, variants=VARIANTS, repeats: int = 20) -> None:
+    """Milliseconds of the model's layers without adapters, and what adapters add to the best of that."""
     scale = MODEL_LAYERS / base.layers
     space, place = base.buffers(step.num_tokens), Placement(step.num_tokens, torch.bfloat16)
-    plain = replay_ms(lambda: base.run(step, space, place, False)) * scale
     row = {"name": name, "floor_ms": row_bytes(step) * MODEL_LAYERS / READ_BYTES_PER_S * 1e3,
-           "plan_us": step.plan_s * 1e6, "plain_ms": plain}  # fmt: skip
-    kept = set(cuda.BESIDE)
-    for groups in besides:
-        cuda.BESIDE.clear()
-        cuda.BESIDE.update(groups)
-        took = replay_ms(lambda: base.run(step, space, place, True)) * scale
-        row[f"beside {''.join(map(str, groups)) or 'none'}"] = took - plain
-    cuda.BESIDE.clear()
-    cuda.BESIDE.update(kept)
+           "plan_us": step.plan_s * 1e6}  # fmt: skip
+    for variant in (VARIANTS[0], VARIANTS[2]):
+        with variant.chosen():
+            took = replay_ms(lambda: base.run(step, space, place, False), repeats) * scale
+        row["plain early" if variant.schedule.is_early else "plain"] = took
+    for variant in variants:
+        with variant.chosen():
+            took = replay_ms(lambda: base.run(step, space, place, True), repeats) * scale
+        row[variant.name] = took - row["plain"]
     results.append(row)
-    say("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{v:<28}" for k, v in row.items()))
+    say(f"{name}: floor {row['floor_ms']:.2f}, plan {row['plan_us']:.0f} us, plain {row['plain']:.2f}, early "
+        f"{row['plain early']:.2f} ms; added: "
+        + ", ".join(f"{v.name} {row[v.name]:.2f}" for v in variants))  # fmt: skip
 
 
-def per_launch(name: str, step: Step, base: Base, results: dict) -> None:
-    """Microseconds of each kernel over layers of distinct memory: plain, fused, and shrink."""
-    found = {}
+def check_variants(name: str, step: Step, base: Base, results: dict, variants=VARIANTS) -> None:
+    """Whole layers as a graph give what the default gives, replay after replay; bit for bit where only the
+    order of launches differs."""
+    if _is_rehearsal:
+        return
+    expected = None
+    for variant in variants:
+        torch.manual_seed(7)
+        space, place = base.buffers(step.num_tokens), Placement(step.num_tokens, torch.bfloat16)
+        tensors = [*space.values(), place.kv]
+        before = [tensor.clone() for tensor in tensors]
+        graph = torch.cuda.CUDAGraph()
+        with variant.chosen():
+            base.run(step, space, place, True)
+            with torch.cuda.graph(graph):
+                base.run(step, space, place, True)
+        worst = 0.0
+        for _ in range(4):
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+            step.lora.h.fill_(torch.nan)
+            graph.replay()
+            got = [tensor.clone() for tensor in tensors]
+            expected = expected or got
+            for mine, wanted in zip(got, expected, strict=True):
+                if variant.is_same_arithmetic:
+                    assert torch.equal(mine, wanted), f"{name}: {variant.name} differs from the default"
+                worst = max(worst, distance(mine, wanted.double()))
+        assert worst < 3e-2, f"{name}: {variant.name} is {worst:.1e} off the default"
+        results[f"{name}, {variant.name}"] = worst
+
+
+def per_launch(name: str, step: Step, base: Base, results: dict, variants=VARIANTS[:1]) -> None:
+    """Microseconds of each kernel over layers of distinct memory: plain, fused by variant, and shrink."""
+    found: dict[str, list[float]] = {}
     space, layers = base.buffers(step.num_tokens), base.layers
-    for what, pair in consumers(step, base).items():
-        found[what] = [replay_ms(lambda f=f: [f(i) for i in range(layers)], 10) / layers * 1e3 for f in pair]
+    for what, (plain, fused) in consumers(step, base).items():
+        found[what] = [_us(plain, layers)]
+        for variant in variants:
+            with variant.chosen():
+                found[what].append(_us(fused, layers))
     for group, source in enumerate(("hidden", "attention", "hidden", "activated")):
+        found[what := f"shrink {GROUPS[group][0]}"] = []
+        for variant in variants:
+            early = variant.schedule.is_early
 
-        def shrink(group: int = group, x: torch.Tensor = space[source]) -> None:
-            for i in range(layers):
-                step.lora.shrink(group, i, x, *step.args(i))
+            def shrink(i: int, group: int = group, x: torch.Tensor = space[source], early=early) -> None:
+                step.lora.shrink(group, i, x, *step.args(i), is_early=early)
 
-        found[f"shrink {GROUPS[group][0]}"] = [replay_ms(shrink, 10) / layers * 1e3]
+            found[what].append(_us(shrink, layers))
     results[name] = found
     say(f"{name}, us a layer: " + ", ".join(
         f"{k} {' -> '.join(f'{t:.1f}' for t in v)}" for k, v in found.items()
     ))  # fmt: skip
 
 
-def tune(pool: Pool, base: Base, results: list) -> None:
-    """Configurations of the fused kernels over rows, and from how many rows on a tile is dense."""
+def _us(launch: Callable[[int], Any], layers: int) -> float:
+    return replay_ms(lambda: [launch(i) for i in range(layers)], 10) / layers * 1e3
+
+
+def tune(pool: Pool, base: Base, results: list, *, is_quick: bool) -> None:
+    """Configurations of the fused kernels over rows: 64 adapters at 64 and 256 rows, Zipf, one, none."""
     steps = [
         Step(pool, segments_of([1] * 64), 64, wide=False),
         Step(pool, segments_of([4] * 64), 256, wide=False),
+        Step(pool, zipf(64, 256), 256, wide=False),
         Step(pool, segments_of([256]), 256, wide=False),
+        Step(pool, [], 256, wide=False),
     ]
     kernels = [consumers(step, base) for step in steps]
     options = {
-        "SILU_ROWS": ("silu_mul", [(512, 16, 8, 4), (256, 16, 8, 4), (1024, 16, 8, 8)]),
-        "NORM_ROWS": ("norm of o", [(1 << 16, 1 << 14, 16, stages) for stages in (1, 2, 3)]
-                      + [(1 << 16, 1 << 15, 16, 2)]),
-        "WRITE_ROWS": ("write_kv", [(4, 16, 2), (2, 16, 2)]),
+        "SILU_ROWS": ("silu_mul", [(512, 16, 8, 4), (1024, 16, 8, 8)]),
+        "SILU_UNITS": ("silu_mul", [(512, 4, 4, 4), (512, 2, 4, 2), (256, 2, 4, 4), (256, 2, 4, 8),
+                                    (256, 1, 4, 4), (1024, 4, 8, 2)]),
+        "NORM_ROWS": ("norm of o", [(1 << 16, 1 << 14, 16, 3, 4), (1 << 16, 1 << 14, 16, 1, 1),
+                                    (1 << 15, 1 << 14, 16, 1, 1), (1 << 14, 1 << 14, 16, 1, 1),
+                                    (1 << 14, 1 << 14, 8, 1, 1), (1 << 16, 1 << 14, 16, 3, 2)]),
+        "WRITE_ROWS": ("write_kv", [(4, 16, 2), (2, 16, 2), (4, 16, 4)]),
     }  # fmt: skip
-    for name, (kernel, settings) in options.items():
-        chosen = getattr(cuda_fused, name)
-        for setting in settings:
-            setattr(cuda_fused, name, setting)
-            times = [
-                replay_ms(lambda f=of[kernel][1]: [f(i) for i in range(base.layers)], 10) / base.layers * 1e3
-                for of in kernels
-            ]
-            results.append({"what": name, "setting": setting, "us": times})
-            say(f"  {name} {setting}: " + ", ".join(f"{t:.1f}" for t in times) + " us")
-        setattr(cuda_fused, name, chosen)
+    for is_early in (False, True):
+        for name, (kernel, settings) in options.items():
+            for setting in settings:
+                with Variant("", orders("bbbb", is_early=is_early), {name: setting}).chosen():
+                    times = [_us(of[kernel][1], base.layers) for of in kernels]
+                results.append({"what": name, "setting": setting, "is_early": is_early, "us": times})
+                say(f"  {name} {setting}{' early' * is_early}: " + ", ".join(f"{t:.1f}" for t in times))
+    if is_quick:
+        return
     kept = work.DENSE_ROWS
     for least in (4, 8, 17):
         work.DENSE_ROWS = least

@@ -84,7 +84,7 @@ _EARLY_COLUMNS = tl.constexpr(1024)
 
 
 class Order(Enum):
-    """When shrink runs: on a branch beside the base layer (in graphs; before it elsewhere), before or after."""
+    """When shrink runs. BESIDE: on a branch of a graph; before the base layer where none is captured."""
 
     BESIDE = "beside"
     BEFORE = "before"

@@ -2,8 +2,8 @@
 
 A tile's record and the words of its adapter say where the rows of B lie; see `lora.work`.
 
-`adapters` below is the tuple (tiles, h, memory, words, layer) that every kernel is given: records of a group's
-tiles, what shrink left, the layer's pool, where rows lie, and which layer it is.
+`adapters` below is the tuple (tiles, h, memory, words, layer) that every kernel is given: records of the
+group's tiles, what shrink left, the layer's pool, where rows lie, and which layer it is.
 
 A kernel that starts early (programmatic dependent launch) runs beside the end of the one before. Until it
 waits, it may read what no kernel of a step writes: the step's lists, `words` and rows of adapters, which it
@@ -50,7 +50,7 @@ _PREFETCH = tl.constexpr("""{
 def prefetch(rows, is_row, width, COLUMNS: tl.constexpr):
     """Send for the first `width` columns of rows, at most COLUMNS, a power of 2: lines of 128 bytes to L2."""
     line: tl.constexpr = 1024 // rows.dtype.element_ty.primitive_bitwidth
-    at = tl.arange(0, COLUMNS // line if COLUMNS > line else 1) * line
+    at = tl.arange(0, COLUMNS // line if line < COLUMNS else 1) * line
     is_there = is_row[:, None] & (at < width)[None, :]
     tl.inline_asm_elementwise(
         _PREFETCH, "=r,l,r", [rows[:, None] + at[None, :], is_there.to(tl.int32)],

@@ -29,13 +29,13 @@ QKV, O, GATE_UP, DOWN = range(len(GROUPS))  # noqa: E741
 # Chosen by benchmarks/cuda/lora.py on an H100. Columns of a block, rows of B in a turn for one token and for
 # several, warps.
 SILU_ROWS = (512, 16, 8, 4)
-# Columns of a block, pieces of it where a unit has several rows, warps, programs per multiprocessor; None where
-# programs of SILU_ROWS are to take rows.
+# Columns of a block, pieces of it where a unit has several rows, warps, programs per multiprocessor; None
+# where programs of SILU_ROWS are to take rows.
 SILU_UNITS: tuple[int, int, int, int] | None = None
 # Columns of a block, blocks of a program, warps, stages.
 SILU_TILES = (64, 8, 4, 3)
-# Elements of B in a turn for one token and for several, warps for 4,096 columns, turns on their way, rows of a
-# program: a divisor of LEAD_ROWS, 1 beyond SHARED_WIDTH.
+# Elements of B in a turn for one token and for several, warps for 4,096 columns, turns on their way, rows of
+# a program: a divisor of LEAD_ROWS, 1 beyond SHARED_WIDTH.
 NORM_ROWS = (1 << 16, 1 << 14, 16, 3, LEAD_ROWS)
 SHARED_WIDTH = 4096
 # Columns of a block, tokens, warps, stages.
@@ -179,7 +179,7 @@ class FusedLora:
             )  # fmt: skip
 
         def blocks(heads: int) -> int:
-            return triton.cdiv(shape["NUM_HEADS"], heads) + 2 * triton.cdiv(shape["KV_HEADS"], heads)
+            return -(-shape["NUM_HEADS"] // heads) + 2 * -(-shape["KV_HEADS"] // heads)
 
         if self._plan.has_rows:
             heads, rank, warps = WRITE_ROWS

@@ -66,7 +66,7 @@ def rms_norm_rows(
         _few_rows(x, x_stride, residual, residual_stride, weight, out, out_stride, eps, source, target,
                   count, tile, token, adapters, WIDTH, BLOCK, HAS_CHOSEN, UNIT, 1, RANK_ONE,
                   STAGES if RANK_ONE < 16 else 1)  # fmt: skip
-    elif LEAD > 1 and not HAS_CHOSEN:
+    elif LEAD > 1 and not HAS_CHOSEN:  # noqa: SIM102 known when compiling, unlike the count
         if count > 1:
             _few_rows(x, x_stride, residual, residual_stride, weight, out, out_stride, eps, source, target,
                       count, tile, token, adapters, WIDTH, BLOCK, HAS_CHOSEN, UNIT, LEAD, RANK_FEW,

@@ -54,8 +54,8 @@ LEAD_ROWS = 4
 # Rows from which on a narrow tile is dense; at least LEAD_ROWS.
 DENSE_ROWS = 4
 
-# Fields of a unit, the rows that a program takes at once where programs walk a list of them: its first row, how
-# many, its narrow tile or ABSENT. Row 0 of `lora_units` says first how many units follow.
+# Fields of a unit, the rows that a program takes at once where programs walk a list of them: its first row,
+# how many, its narrow tile or ABSENT. Row 0 of `lora_units` says first how many units follow.
 UNIT_FIRST, UNIT_ROWS, UNIT_TILE = range(3)
 UNIT_FIELDS = 4
 # Most rows of a unit without adapter.
