@@ -80,11 +80,11 @@ class GroupQueue:
         first = [*self._live.head(n), *self._ahead.head(n)][:n]
         yield from first
         num_left = n - len(first)
-        self._plan()
-        begun = self._begun = [bundle for bundle in self._begun if bundle.members]
         planned = self._planned
         while planned and (planned[0].has_begun or not planned[0].members):
             planned.popleft()
+        self._plan()
+        begun = self._begun = [bundle for bundle in self._begun if bundle.members]
         for bundles in (begun, planned):
             for bundle in bundles:
                 if num_left <= 0:
@@ -168,20 +168,26 @@ class GroupQueue:
 
     def _plan(self) -> None:
         """Give every newcomer a group."""
-        unplanned = self._unplanned
+        unplanned = list(self._unplanned.values())
         if not unplanned:
             return
         self._num_placed += len(unplanned)
-        if self._num_placed <= max(MIN_REPLANNED, len(self._entries) // 2):
-            for entry in unplanned.values():
-                self._put(entry)
-        else:
+        is_anew = not self._planned or self._num_placed > max(MIN_REPLANNED, len(self._entries) // 2)
+        alone = []
+        for entry in unplanned:
+            if self._join(entry, only_begun=is_anew):
+                continue
+            alone.append(entry)
+            if not is_anew:
+                entry.bundle = Bundle(0, [entry.place])
+                self._planned.append(entry.bundle)
+        if is_anew:
             self._num_placed = 0
             waiting = [
                 place[2] for bundle in self._planned if not bundle.has_begun for place in bundle.members
             ]
-            self._plan_anew([self._entries[track] for track in waiting] + list(unplanned.values()))
-        unplanned.clear()
+            self._plan_anew([self._entries[track] for track in waiting] + alone)
+        self._unplanned.clear()
 
     def _plan_anew(self, entries: list[_Entry]) -> None:
         rows = []
@@ -200,22 +206,25 @@ class GroupQueue:
                 entries[row].bundle = bundle
             self._planned.append(bundle)
 
-    def _put(self, entry: _Entry) -> None:
-        """Let a newcomer join its nearest neighbour's group, or be one by itself."""
+    def _join(self, entry: _Entry, *, only_begun: bool) -> bool:
+        """Let a newcomer join its nearest neighbour's group; False where it has none."""
         key, _, track = entry.place
+        if track.namespace is None:
+            return False
+        places = self._index[track.namespace]
+        at = bisect_left(places, entry.place)
         best, most = None, self._page_size - 1
-        if track.namespace is not None:
-            places = self._index[track.namespace]
-            at = bisect_left(places, entry.place)
-            for other, _, neighbour in (*places[max(0, at - 1) : at], *places[at + 1 : at + 2]):
-                bundle = self._entries[neighbour].bundle
-                common = common_tokens(key, other)
-                if bundle is not None and common > most and common >= bundle.prefix_tokens:
-                    best, most = bundle, common
+        for other, _, neighbour in (*places[max(0, at - 1) : at], *places[at + 1 : at + 2]):
+            bundle = self._entries[neighbour].bundle
+            if bundle is None or (only_begun and not bundle.has_begun):
+                continue
+            common = common_tokens(key, other)
+            if common > most and common >= bundle.prefix_tokens:
+                best, most = bundle, common
         if best is None:
-            best = Bundle(0)
-            self._planned.append(best)
-        elif not best.prefix_tokens:
+            return False
+        if not best.prefix_tokens:
             best.prefix_tokens = most // self._page_size * self._page_size
         insort(best.members, entry.place)
         entry.bundle = best
+        return True

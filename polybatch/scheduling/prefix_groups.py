@@ -7,12 +7,13 @@ sorted order the tree is a sequence of common lengths of neighbours, and its nod
 
 A group is a first-level prefix with everything below it. Where prefixes nest, forking an inner prefix g out
 of c makes a group of its own for which c is computed once more: that pays iff (leaves(g) - 1) * |g| > |c|.
-Here this only decides what is ordered as a unit, never what is computed twice: within a group rows come in
-the tree's order, depth first, and the engine's prefix tree shares every level, also c, for as long as anybody
-waits for it. So what is computed lies between `multi_level_tokens` and `one_level_tokens`.
+Here this only decides what is run as a unit, never what is computed twice: the engine's prefix tree shares
+every level, and groups and the rows in them come in the order of the tree, depth first, so that a prefix is
+used up before the next one begins. So what is computed lies between `multi_level_tokens` and
+`one_level_tokens`, and is the former wherever the prefixes on one path fit in memory.
 
-Groups with much output for their input go first, so that their decodes run beside later groups' prefills.
-Groups of one adapter stay together, so that it is loaded once.
+At every branching of the tree, what has much output for its input goes first, so that its decodes run beside
+later prefills. Groups of one adapter stay together, so that it is loaded once.
 Source: BatchLLM (Zheng et al. 2024), sections on prefix identification and group scheduling.
 """
 
@@ -122,32 +123,80 @@ def plan_groups(rows: Sequence[PlanRow], page_size: int = 1) -> GroupPlan:
     by_namespace: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
         by_namespace.setdefault(row.namespace, []).append(index)
-    groups: list[Group] = []
+    units: dict[tuple[str, int], _Branch] = {}
     multi_level = 0
     for indices in by_namespace.values():
         indices.sort(key=lambda index: rows[index].key)
         found, physical = _group_sorted(rows, indices, page_size)
-        groups += found
         multi_level += physical
+        adapter = rows[indices[0]].adapter
+        for branch in _branches(found, [rows[group.rows[0]].key for group in found], page_size):
+            # All of an adapter's in one unit, the others' each by itself.
+            unit = units.setdefault((adapter, 0 if adapter else len(units)), _Branch(0))
+            unit.add(branch)
+    top = _Branch(0)
+    for unit in units.values():
+        top.add(unit)
+    groups = top.in_order()
     return GroupPlan(
-        groups=tuple(_in_order(groups, rows)),
+        groups=tuple(groups),
         logical_tokens=sum(group.logical_tokens for group in groups),
         one_level_tokens=sum(group.one_level_tokens for group in groups),
         multi_level_tokens=multi_level,
     )
 
 
-def _in_order(groups: list[Group], rows: Sequence[PlanRow]) -> list[Group]:
-    """Decode-heavy groups first; all groups of one adapter in a block, which is ordered in the same way."""
-    blocks: dict[str | int, list[Group]] = {}
-    for number, group in enumerate(groups):
-        blocks.setdefault(rows[group.rows[0]].adapter or number, []).append(group)
+class _Branch:
+    """Groups with a common prefix of `depth` tokens, and what they take together."""
 
-    def ratio(block: list[Group]) -> float:
-        return sum(g.expected_tokens for g in block) / sum(g.physical_tokens for g in block)
+    __slots__ = ("children", "depth", "expected_tokens", "group", "physical_tokens")
 
-    ordered = sorted(blocks.values(), key=ratio, reverse=True)
-    return [group for block in ordered for group in sorted(block, key=lambda g: g.ratio, reverse=True)]
+    def __init__(self, depth: int, group: Group | None = None) -> None:
+        self.depth = depth
+        self.group = group
+        self.children: list[_Branch] = []
+        self.expected_tokens = 0.0 if group is None else group.expected_tokens
+        self.physical_tokens = 0 if group is None else group.physical_tokens
+
+    def add(self, child: _Branch) -> None:
+        self.children.append(child)
+        self.expected_tokens += child.expected_tokens
+        self.physical_tokens += child.physical_tokens
+
+    @property
+    def ratio(self) -> float:
+        return self.expected_tokens / self.physical_tokens
+
+    def in_order(self) -> list[Group]:
+        """All groups, depth first, children with the largest ratio first."""
+        groups, stack = [], [self]
+        while stack:
+            branch = stack.pop()
+            if branch.group is not None:
+                groups.append(branch.group)
+            # The last is taken off first; equal ones keep their order.
+            stack += sorted(branch.children, key=lambda child: -child.ratio)[::-1]
+        return groups
+
+
+def _branches(groups: list[Group], keys: list[bytes], page_size: int) -> list[_Branch]:
+    """The tree over groups of one namespace, sorted by their first keys: what shares no page with others."""
+    stack = [_Branch(0)]
+    for at, group in enumerate(groups):
+        common = common_tokens(keys[at - 1], keys[at]) // page_size * page_size if at else 0
+        _fold(stack, common)
+        stack.append(_Branch(len(keys[at]) + 1, group))
+    _fold(stack, 0)
+    return stack[0].children
+
+
+def _fold(stack: list[_Branch], depth: int) -> None:
+    """Hang branches deeper than `depth` below what they share with the next."""
+    while stack[-1].depth > depth:
+        branch = stack.pop()
+        if stack[-1].depth < depth:
+            stack.append(_Branch(depth))
+        stack[-1].add(branch)
 
 
 @dataclass(slots=True)

@@ -207,3 +207,35 @@ def test_a_match_is_the_longest_of_full_pages_and_always_true(
         assert 0 < match.copy_tokens <= SIZE
         assert num_matched < len(query)
         assert (namespace, tokens_then[:num_matched]) == ("a", tuple(query[:num_matched]))
+
+
+def test_dead_pages_leave_at_once_with_all_that_hangs_below_them_unless_held() -> None:
+    pool, tree = make()
+    common = list(range(8))
+    cache(pool, tree, "base", [*common, 50, 51, 52, 53])
+    match = tree.match("base", [*common, 60])
+    for page in match.pages:
+        pool.share(page)
+    other = tree.match("base", [*common[:4], 70])
+    for page in other.pages:
+        pool.share(page)
+    tree.release(match.pages, dead=match.pages)
+    # The first page is still held by the other; what hung below it is free.
+    assert pool.num_free == pool.num_pages - 1
+    assert tree.match("base", [*common, 60]).pages == other.pages
+    tree.check()
+    tree.release(other.pages, dead=other.pages)
+    assert pool.num_free == pool.num_pages
+    tree.check()
+    pool.check()
+
+
+def test_forgetting_pages_leaves_no_growing_list_behind() -> None:
+    pool, tree = make()
+    for number in range(2000):
+        pages = pool.allocate(2)
+        assert pages is not None
+        tree.insert("base", [number] * 8, 8, pages)
+        tree.release(pages, dead=pages)
+    assert pool.num_free == pool.num_pages
+    assert len(tree._evictable) < 200

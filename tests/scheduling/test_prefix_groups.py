@@ -159,6 +159,18 @@ def test_groups_with_much_output_for_their_input_go_first() -> None:
     assert [rows[group.rows[0]].key[0] for group in plan.groups] == [2, 1, 3]
 
 
+def test_groups_that_share_a_prefix_stay_together_and_in_them_the_decode_heavy_go_first() -> None:
+    """Else the shared prefix is held, or lost and computed again, while others run."""
+    rows = []
+    for outer, expected in ((1, (5, 1, 9)), (2, (7, 8, 2))):
+        for inner, tokens in enumerate(expected):
+            rows += rows_of([(outer, outer, 50 + inner, 60, 70, i) for i in range(4)], tokens)
+    random.Random(1).shuffle(rows)
+    plan = plan_groups(rows)
+    assert len(plan.groups) == 6
+    assert [rows[group.rows[0]].expected_tokens for group in plan.groups] == [8, 7, 2, 9, 5, 1]
+
+
 def test_an_adapter_has_its_groups_together_and_shares_with_no_other() -> None:
     rng = random.Random(3)
     rows = []

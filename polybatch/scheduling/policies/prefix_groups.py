@@ -2,8 +2,8 @@
 
 Rows of batches run group by group (`group_queue`), so a prefix is computed once, and is held only while a
 member of its group runs or waits; KV that nobody waits for leaves the cache with the sequence that brought
-it. A row is let in while pages last, by what it and those that run are expected to need (`page_forecast`), not
-up to a number of requests: max_num_seqs is only what the executor can hold.
+it. A row is let in while pages last, by what it and those that run are expected to need (`page_forecast`),
+not up to a number of requests: max_num_seqs is only what the executor can hold.
 
 Live requests come before all that, first come, first served; nothing of this holds them back.
 Source: BatchLLM (Zheng et al. 2024).
@@ -69,10 +69,10 @@ class PrefixGroups(Policy):
         if bundle is not None and not bundle.has_begun:
             room -= self._num_claimed(room)
         remaining = self._lengths.remaining(seq)
-        growth = arena.pages_for(seq.num_tokens + remaining - 1) - arena.pages_for(seq.num_tokens)
-        if not forecast.fits(num_pages, growth, remaining, room):
+        slack = -seq.num_tokens % arena.page_size
+        if not forecast.fits(num_pages, slack, remaining, room):
             return False
-        forecast.add(num_pages, growth, remaining)
+        forecast.add(num_pages, slack, remaining)
         return True
 
     def num_kept(self, track: Track) -> int | None:
@@ -97,10 +97,9 @@ class PrefixGroups(Policy):
         """What those that run will need, and the pages there are for it."""
         forecast = self._forecast = PageForecast(self.arena.page_size)
         for track in running:
-            seq = track.seq
-            num_held, remaining = len(seq.pages), self._lengths.remaining(seq)
-            growth = max(0, self.arena.pages_for(seq.num_tokens + remaining - 1) - num_held)
-            forecast.add_running(num_held - self._shared_pages.get(track, 0), growth, remaining)
+            own_pages = len(track.seq.pages) - self._shared_pages.get(track, 0)
+            slack = max(0, track.capacity - track.seq.num_tokens)
+            forecast.add_running(own_pages, slack, self._lengths.remaining(track.seq))
         watermark = max(1, self.arena.pool.num_pages // 100)
         self._room = self.arena.num_available - watermark
         return forecast
