@@ -19,7 +19,7 @@ Kim et al. 2022 ("Who says elephants can't run").
 """
 
 # Triton compiles these functions from their source; its own types are not Python's.
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment, misc"
 # ruff: noqa: RUF005 - it compiles no starred tuples.
 
 from __future__ import annotations
