@@ -237,6 +237,11 @@ class CudaLora:
         self._grid = (num_programs,)
         self._grid_beside = (num_beside or num_programs,)
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether kernels run on a GPU, not in the interpreter, which knows no assembly."""
+        return self.h.is_cuda
+
     def num_programs(self, per_sm: int) -> int:
         """Programs of a launch that puts so many on every multiprocessor."""
         return self._num_sms * per_sm

@@ -47,6 +47,8 @@ WRITE_TILES = (4, 4, 2)
 # Of float32, which would spill with fewer warps.
 WRITE_TILES_EXACT = (1, 8, 1)
 TILE_RANK = 16
+# Whether kernels over wide tiles send for the next block of what they read.
+TILES_AHEAD = False
 
 
 class FusedLora:
@@ -210,7 +212,8 @@ class FusedLora:
         """What is compiled into all kernels over wide tiles."""
         return {
             "UNIT": self._lora.unit, "BLOCK_R": TILE_RANK, "IS_LONG": self._plan.is_long,
-            "EXACT": self._lora.is_exact, "num_warps": num_warps, "num_stages": num_stages,
+            "EXACT": self._lora.is_exact, "AHEAD": TILES_AHEAD and self._lora.is_compiled,
+            "num_warps": num_warps, "num_stages": num_stages,
         }  # fmt: skip
 
 

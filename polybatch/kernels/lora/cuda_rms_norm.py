@@ -21,6 +21,7 @@ from polybatch.kernels.lora.cuda_delta import (
     add_rows,
     load_b,
     open_tile,
+    prefetch,
     prefetch_b,
 )
 from polybatch.kernels.lora.work import LEAD_ROWS
@@ -113,17 +114,26 @@ def rms_norm_tiles(
     bounds, tiles, h, memory, words, layer,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, BLOCK_T: tl.constexpr,
     PIECES: tl.constexpr, BLOCK_R: tl.constexpr, IS_LONG: tl.constexpr, EXACT: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Grid: PIECES of BLOCK_T tokens of each wide tile."""
+    """Grid: PIECES of BLOCK_T tokens of each wide tile. AHEAD: send for the next block of what is read."""
     kind = out.dtype.element_ty
     tile = tl.load(bounds + 2) + tl.program_id(0) // PIECES
     record = tiles + tile * TILE_STRIDE
     t = (tl.program_id(0) % PIECES) * BLOCK_T + tl.arange(0, BLOCK_T)
     is_token = t < tl.load(record + RECORD_NUM_TOKENS)
-    at = (tl.load(record + RECORD_FIRST) + t).to(tl.int64)[:, None]
+    row_of = (tl.load(record + RECORD_FIRST) + t).to(tl.int64)
+    at = row_of[:, None]
+    if AHEAD:
+        prefetch(x + row_of * x_stride, is_token, WIDTH, BLOCK)
+        prefetch(residual + row_of * residual_stride, is_token, WIDTH, BLOCK)
     start, value, rest = open_tile(tile, t, is_token, 0, (tiles, h, memory, words, layer), BLOCK_R)
     squares = tl.zeros([BLOCK_T], dtype=tl.float32)
     for low in range(0, WIDTH, BLOCK):
+        if AHEAD:
+            then = low + BLOCK
+            prefetch(x + row_of * x_stride + then, is_token, WIDTH - then, BLOCK)
+            prefetch(residual + row_of * residual_stride + then, is_token, WIDTH - then, BLOCK)
         n = low + tl.arange(0, BLOCK)
         is_column = n < WIDTH
         mask = is_token[:, None] & is_column[None, :]

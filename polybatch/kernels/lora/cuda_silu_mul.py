@@ -21,6 +21,7 @@ from polybatch.kernels.lora.cuda_delta import (
     add_rows,
     load_b,
     open_tile,
+    prefetch,
     prefetch_b,
 )
 from polybatch.kernels.lora.work import BASE_ROWS, UNIT_FIELDS, UNIT_FIRST, UNIT_ROWS, UNIT_TILE
@@ -59,7 +60,7 @@ def silu_mul_rows(
     if is_dense:
         if token < LEAD:
             _tile(gate_up, stride, out, out_stride, row - token, tile, block * LEAD + token, adapters,
-                  WIDTH, BLOCK // LEAD, 1, UNIT, BLOCK_T, BLOCK_R, True, EXACT)  # fmt: skip
+                  WIDTH, BLOCK // LEAD, 1, UNIT, BLOCK_T, BLOCK_R, True, EXACT, False)  # fmt: skip
     elif count == 1:
         _few_rows(gate_up, stride, out, out_stride, row, count, tile, token, block, adapters,
                   WIDTH, BLOCK, UNIT, 1, RANK_ONE)  # fmt: skip
@@ -105,7 +106,7 @@ def silu_mul_units(
                       WIDTH, BLOCK, UNIT, 1, BLOCK_R)  # fmt: skip
         else:
             _tile(gate_up, stride, out, out_stride, row, tile, block * PIECES, adapters,
-                  WIDTH, BLOCK // PIECES, PIECES, UNIT, BLOCK_T, BLOCK_R, True, EXACT)  # fmt: skip
+                  WIDTH, BLOCK // PIECES, PIECES, UNIT, BLOCK_T, BLOCK_R, True, EXACT, False)  # fmt: skip
 
 
 @triton.jit
@@ -146,13 +147,14 @@ def silu_mul_tiles(
     gate_up, stride, out, out_stride, bounds, tiles, h, memory, words, layer,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, IS_LONG: tl.constexpr, EXACT: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Grid: NUM_BLOCKS blocks of columns each, wide tiles."""
+    """Grid: NUM_BLOCKS blocks of columns each, wide tiles. AHEAD: send for the next block of y."""
     tile = tl.load(bounds + 2) + tl.program_id(1)
     first = tl.load(tiles + tile * TILE_STRIDE + RECORD_FIRST)
     _tile(gate_up, stride, out, out_stride, first, tile, tl.program_id(0) * NUM_BLOCKS,
           (tiles, h, memory, words, layer),
-          WIDTH, BLOCK, NUM_BLOCKS, UNIT, BLOCK_T, BLOCK_R, IS_LONG, EXACT)  # fmt: skip
+          WIDTH, BLOCK, NUM_BLOCKS, UNIT, BLOCK_T, BLOCK_R, IS_LONG, EXACT, AHEAD)  # fmt: skip
 
 
 @triton.jit
@@ -160,15 +162,25 @@ def _tile(
     gate_up, stride, out, out_stride, first, tile, first_block, adapters,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, IS_LONG: tl.constexpr, EXACT: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Some blocks of columns of a tile, whose rows begin at `first`. Its h stays from block to block."""
     tiles, _, memory, _, _ = adapters
     t = tl.arange(0, BLOCK_T)
     is_token = t < tl.load(tiles + tile * TILE_STRIDE + RECORD_NUM_TOKENS)
     at = (first + t).to(tl.int64)[:, None]
+    row = gate_up + (first + t).to(tl.int64) * stride
+    if AHEAD:
+        low = first_block * BLOCK
+        prefetch(row + low, is_token, WIDTH - low, BLOCK)
+        prefetch(row + WIDTH + low, is_token, WIDTH - low, BLOCK)
     start_0, value_0, rest_0 = open_tile(tile, t, is_token, 0, adapters, BLOCK_R)
     start_1, value_1, rest_1 = open_tile(tile, t, is_token, 1, adapters, BLOCK_R)
     for block in range(NUM_BLOCKS):
+        if AHEAD:
+            low = (first_block + block + 1) * BLOCK
+            prefetch(row + low, is_token, WIDTH - low, BLOCK)
+            prefetch(row + WIDTH + low, is_token, WIDTH - low, BLOCK)
         n = (first_block + block) * BLOCK + tl.arange(0, BLOCK)
         is_column = n < WIDTH
         mask = is_token[:, None] & is_column[None, :]

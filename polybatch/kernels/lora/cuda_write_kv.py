@@ -22,6 +22,7 @@ from polybatch.kernels.lora.cuda_delta import (
     add_rows,
     load_b,
     open_tile,
+    prefetch,
     prefetch_b,
 )
 from polybatch.kernels.write_kv.cuda import finish_heads
@@ -63,7 +64,7 @@ def write_kv_rows(
             _tile(block, token, leader - token, tile, adapters, qkv, qkv_stride,
                   positions, slots, table, pages, page_stride, bias, q_norm, k_norm, eps,
                   NUM_HEADS, KV_HEADS, PAGE_SIZE, DIM, HALF, HAS_BIAS, HAS_NORM, UNIT, HEADS, 1, BLOCK_T,
-                  BLOCK_R, True, EXACT)  # fmt: skip
+                  BLOCK_R, True, EXACT, False)  # fmt: skip
         count = 0
     for i in range(count):
         slot = tl.load(slots + leader + i)
@@ -123,15 +124,15 @@ def write_kv_tiles(
     NUM_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr,
     HALF: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, UNIT: tl.constexpr,
     HEADS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, IS_LONG: tl.constexpr,
-    EXACT: tl.constexpr,
+    EXACT: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Grid: blocks of HEADS heads of q, of k and of v, wide tiles."""
+    """Grid: blocks of HEADS heads of q, of k and of v, wide tiles. AHEAD: send for all heads of y at once."""
     tile = tl.load(bounds + 2) + tl.program_id(1)
     first = tl.load(tiles + tile * TILE_STRIDE + RECORD_FIRST)
     _tile(tl.program_id(0), 0, first, tile, (tiles, h, memory, words, layer), qkv, qkv_stride, positions,
           slots, table, pages, page_stride, bias, q_norm, k_norm, eps,
           NUM_HEADS, KV_HEADS, PAGE_SIZE, DIM, HALF, HAS_BIAS, HAS_NORM, UNIT, HEADS, HEADS, BLOCK_T,
-          BLOCK_R, IS_LONG, EXACT)  # fmt: skip
+          BLOCK_R, IS_LONG, EXACT, AHEAD)  # fmt: skip
 
 
 @triton.jit
@@ -141,7 +142,7 @@ def _tile(
     NUM_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr,
     HALF: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, UNIT: tl.constexpr,
     HEADS: tl.constexpr, NUM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
-    IS_LONG: tl.constexpr, EXACT: tl.constexpr,
+    IS_LONG: tl.constexpr, EXACT: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """NUM heads of a block of HEADS after those skipped, for a tile whose rows begin at first_row."""
     module, base, first_head, num_heads = _find_heads(block, NUM_HEADS, KV_HEADS, HEADS)
@@ -153,6 +154,9 @@ def _tile(
     position = tl.load(positions + at, mask=slot >= 0, other=0)[:, None]
     slot = slot[:, None]
     row = qkv + at.to(tl.int64)[:, None] * qkv_stride
+    if AHEAD:
+        prefetch(qkv + at.to(tl.int64) * qkv_stride + (base + first_head + skipped) * DIM, is_token,
+                 tl.minimum(NUM, num_heads - first_head - skipped) * DIM, NUM * 2 * HALF)  # fmt: skip
     pair = tl.arange(0, HALF)
     kind = qkv.dtype.element_ty
     start, value, rest = open_tile(tile, t, is_token, module, adapters, BLOCK_R)
