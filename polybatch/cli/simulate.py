@@ -53,6 +53,17 @@ def simulate(
     policy: Annotated[
         str, typer.Option("--policy", "-p", help="Scheduling policy; several, comma-separated, are compared.")
     ] = "fcfs",
+    batching: Annotated[
+        str,
+        typer.Option(help="How prompts and decodes share steps: stall_free, or one to compare it with."),
+    ] = "stall_free",
+    service: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="A service level that the scheduler works for, such as target_tbt_s=0.03; repeat for more.",
+        ),
+    ] = None,
     rate: Annotated[
         float | None, typer.Option(help="Requests per second, instead of the trace's own.")
     ] = None,
@@ -106,6 +117,7 @@ def simulate(
 
     Times are predicted, decisions are not: scheduler, page pool and prefix tree are the ones that serve.
     """
+    from polybatch.config import ServiceLevels
     from polybatch.scheduling.policies import policy_named
     from polybatch.simulate.cluster import simulate as run_trace
     from polybatch.simulate.engine import EngineSettings
@@ -114,6 +126,7 @@ def simulate(
     policies = [name.strip() for name in policy.split(",")]
     for name in policies:
         policy_named(name)
+    levels = ServiceLevels.of(_service_levels(service or []))
     limits = None if slo is None else parse_slo(slo)
     machines, num_prefill = _machines(machine or ["h100-8b"], replicas, disaggregate)
     source = _trace(trace, workload, set_ or [], rate, requests, seed)
@@ -121,6 +134,8 @@ def simulate(
     for name in policies:
         settings = EngineSettings(
             policy=name,
+            batching=batching,
+            service=levels,
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
             max_tokens=max_tokens,
@@ -161,6 +176,19 @@ def _trace(
             values["rate"] = rate
         found = make_workload(workload, seed=seed, **values)
     return found if num is None else found.head(num)
+
+
+def _service_levels(pairs: list[str]) -> dict[str, float | bool]:
+    values: dict[str, float | bool] = {}
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        try:
+            values[name] = text == "true" if text in ("true", "false") else float(text)
+        except ValueError as error:
+            raise ConfigError(
+                f"--service is {pair!r}; it must be NAME=VALUE with a number, true or false"
+            ) from error
+    return values
 
 
 def _machines(names: list[str], replicas: int, disaggregate: str | None) -> tuple[list[Machine], int]:

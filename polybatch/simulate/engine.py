@@ -12,9 +12,9 @@ Source: the same idea as Vidur (Agrawal et al. 2024), with the scheduler itself 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from polybatch.config import SchedulerConfig
+from polybatch.config import SchedulerConfig, ServiceLevels
 from polybatch.errors import RequestError
 from polybatch.request import AdapterRef, FinishReason, Request, SamplingParams, Sequence
 from polybatch.scheduling.costs import StepShape, shape_of
@@ -94,11 +94,15 @@ class EngineSettings:
     """How every simulated engine is set up; None takes the machine's value.
 
     max_tokens: what every client asks for; None: what the trace says, or else the true length.
-    enable_prefix_caching: off saves time where prompts share nothing.
+    enable_prefix_caching: off saves time where prompts share nothing. batching, service, adapter_cluster: as
+        in `SchedulerConfig`.
     page_samples: so many samples of page use are kept at most.
     """
 
     policy: str = "fcfs"
+    batching: str = "stall_free"
+    service: ServiceLevels = field(default_factory=ServiceLevels)
+    adapter_cluster: int | None = None
     max_num_batched_tokens: int | None = None
     max_num_seqs: int | None = None
     max_tokens: int | None = None
@@ -111,6 +115,9 @@ class EngineSettings:
             max_num_seqs=self.max_num_seqs or machine.max_num_seqs,
             max_model_len=machine.max_model_len,
             policy=self.policy,
+            batching=self.batching,
+            service=self.service,
+            adapter_cluster=self.adapter_cluster,
             enable_prefix_caching=self.enable_prefix_caching,
         )
 

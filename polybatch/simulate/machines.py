@@ -7,13 +7,12 @@ things out. `scaled` derives another model size or tensor-parallel degree: an es
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from polybatch.config import PoolSpec
 from polybatch.errors import ConfigError
+from polybatch.scheduling.cost_profile import CostProfile, load_profile
 from polybatch.scheduling.costs import CostModel, StepCosts, StepShape
 
 GIB = 1 << 30
@@ -159,41 +158,22 @@ def load_machine(name: str) -> Machine:
     path = Path(name)
     if name in BUILT_IN or not path.is_file():
         return machine_named(name)
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(
-            f"profile {path} is not JSON ({error}): write it with polybatch calibrate"
-        ) from error
-    return machine_from(content, path.stem)
+    return machine_of(load_profile(path), path.stem)
 
 
-def machine_from(content: dict[str, Any], name: str) -> Machine:
-    """A machine from a profile: {"costs": {...}, "pool": {...}, ...}, with the fields of `Machine`.
-
-    Raises ConfigError that names what is missing or unknown.
-    """
-    known = {f.name for f in fields(Machine)}
-    unknown = content.keys() - known
-    missing = {"costs", "pool", "adapter_bytes_per_rank"} - content.keys()
-    if unknown or missing:
-        raise ConfigError(
-            f"profile {name} has {sorted(unknown)} that are not known and lacks {sorted(missing)}: "
-            "write it with polybatch calibrate"
-        )
-    values = {
-        "name": name,
-        **content,
-        "costs": costs_from(content["costs"]),
-        "pool": PoolSpec(**content["pool"]),
-    }
-    return Machine(**values)
-
-
-def costs_from(values: dict[str, float]) -> CostModel:
-    """A cost model from coefficients by name. Raises ConfigError for unknown names."""
-    known = {f.name for f in fields(CostModel)}
-    unknown = values.keys() - known
-    if unknown:
-        raise ConfigError(f"costs name {sorted(unknown)}; known are {sorted(known)}: correct the profile")
-    return CostModel(**values)  # type: ignore[arg-type]
+def machine_of(profile: CostProfile, name: str) -> Machine:
+    """The machine that a profile was measured on."""
+    pool, limits = profile.pool, profile.limits
+    return Machine(
+        name=name,
+        costs=profile.model,
+        pool=PoolSpec(
+            num_pages=pool.num_pages, page_size=pool.page_size, page_bytes=pool.page_bytes,
+            num_layers=pool.num_layers,
+        ),
+        adapter_bytes_per_rank=profile.adapter_bytes_per_rank,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        max_num_seqs=limits.max_num_seqs,
+        max_model_len=limits.max_model_len,
+        num_devices=profile.key.tensor_parallel_size,
+    )  # fmt: skip

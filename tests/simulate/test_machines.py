@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from polybatch.errors import ConfigError
+from polybatch.scheduling.cost_profile import CostKey, CostProfile, EngineLimits, PoolShape, save_profile
+from polybatch.scheduling.costs import COEFFICIENTS
 from polybatch.simulate.machines import BUILT_IN, h100_8b, load_machine, scaled
 
 
@@ -26,24 +27,29 @@ def test_built_in_machines_are_found_by_name(name: str) -> None:
     assert load_machine(name).name == name
 
 
-def test_a_profile_is_read_and_errors_name_what_is_wrong(tmp_path: Path) -> None:
-    path = tmp_path / "box.json"
-    content = {
-        "costs": {"base": 0.01, "per_token": 0.001},
-        "pool": {"num_pages": 10, "page_size": 16, "page_bytes": 64, "num_layers": 2},
-        "adapter_bytes_per_rank": 100,
-    }
-    path.write_text(json.dumps(content))
-    assert load_machine(str(path)).decode_s(2, 5) == pytest.approx(0.012)
-    path.write_text(json.dumps({**content, "costs": {"base": 1, "per_word": 2}}))
-    with pytest.raises(ConfigError, match="per_word"):
-        load_machine(str(path))
-    path.write_text(json.dumps({"costs": {}, "speed": 1}))
-    with pytest.raises(ConfigError, match=r"speed.*lacks.*pool"):
-        load_machine(str(path))
-    path.write_text("{")
-    with pytest.raises(ConfigError, match="not JSON"):
-        load_machine(str(path))
+def test_a_calibrated_profile_is_a_machine(tmp_path: Path) -> None:
+    key = CostKey(
+        device="box", threads=2, model="m", fingerprint="f", executor="cpu", dtype="bfloat16",
+        quantization=None, kv_dtype="bfloat16", tensor_parallel_size=2,
+    )  # fmt: skip
+    coefficients = {**dict.fromkeys(COEFFICIENTS, 0.0), "base": 0.01, "per_token": 0.001}
+    profile = CostProfile(
+        format=1, key=key, coefficients=coefficients, hinge=0, row_sizes=(), median_error=0.1, p95_error=0.2,
+        num_fitted=3, num_held_out=3, num_disturbed=0, adapter_bytes_per_rank=100.0, created="", version="0",
+        pool=PoolShape(num_pages=10, page_size=16, page_bytes=64, num_layers=2),
+        limits=EngineLimits(max_num_batched_tokens=64, max_num_seqs=4, max_model_len=128),
+    )  # fmt: skip
+    save_profile(profile, tmp_path / "box.json")
+    machine = load_machine(str(tmp_path / "box.json"))
+    assert machine.decode_s(2, 5) == pytest.approx(0.012)
+    assert (machine.name, machine.num_devices, machine.pool.num_pages) == ("box", 2, 10)
+    assert (machine.max_num_batched_tokens, machine.max_num_seqs, machine.max_model_len) == (64, 4, 128)
+
+
+def test_what_is_no_machine_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "box.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"box.json is no cost profile"):
+        load_machine(str(tmp_path / "box.json"))
     with pytest.raises(ConfigError, match=r"machine is 'warp'.*h100-8b"):
         load_machine("warp")
 
