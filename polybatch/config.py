@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from polybatch.errors import ConfigError, ModelError
 
@@ -132,6 +134,52 @@ class PoolSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceLevels:
+    """What live requests are promised, and what is done for it. Seconds; None for nothing.
+
+    ttft_s, tpot_s, e2e_s: deadlines of live requests that bring none of their own; batch_e2e_s: of rows.
+    target_tbt_s: no step beside live decodes is to take longer. refuse_late: a request whose deadlines will
+    not be met by the forecast at its arrival is refused, else it is served and told so. abort_late: one that
+    waits until its first token cannot come in time ends with an error, else it is served after the others.
+    batch_slowdown: by what share rows of batches may lengthen a step of live requests; None for up to what
+    their deadlines leave. max_batch_step_s: of a step that holds rows only, for a live request that
+    arrives meanwhile must wait for it. All but deadlines as such need a cost model.
+    """
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    e2e_s: float | None = None
+    batch_e2e_s: float | None = None
+    target_tbt_s: float | None = None
+    refuse_late: bool = False
+    abort_late: bool = False
+    batch_slowdown: float | None = 0.05
+    max_batch_step_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("ttft_s", "tpot_s", "e2e_s", "batch_e2e_s", "target_tbt_s", "max_batch_step_s"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not 0 < value < float("inf")):
+                raise ConfigError(f"{name} is {value!r}; it must be a positive number of seconds or None")
+        slowdown = self.batch_slowdown
+        if slowdown is not None and (isinstance(slowdown, bool) or not 0 <= slowdown < float("inf")):
+            raise ConfigError(f"batch_slowdown is {slowdown!r}; it must be a share such as 0.05, or None")
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> ServiceLevels:
+        """From a map of its fields. Raises ConfigError for an unknown one."""
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ConfigError(f"service has {name!r}; it knows {', '.join(known)}")
+        return cls(**values)
+
+
+BATCHING = ("stall_free", "prefill_first", "chunk_only", "hybrid_only")
+"""How prompts and decodes share steps; all but the first are there to be compared with."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
     """Budgets and policy of the scheduler.
 
@@ -141,6 +189,9 @@ class SchedulerConfig:
     policy: one of `polybatch.scheduling.policies.POLICIES`.
     reserve_pages: pages that only running sequences and adapters may be the first to use; idle prefixes are
         evicted before.
+    service: what live requests are promised. batching: one of BATCHING.
+    adapter_cluster: distinct adapters in the running batch from which on those who need one of them are
+        admitted before others; None for never.
     """
 
     max_num_batched_tokens: int = 2048
@@ -150,12 +201,20 @@ class SchedulerConfig:
     policy: str = "fcfs"
     enable_prefix_caching: bool = True
     reserve_pages: int = 0
+    service: ServiceLevels = field(default_factory=ServiceLevels)
+    batching: str = "stall_free"
+    adapter_cluster: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_num_batched_tokens", "max_num_seqs", "max_model_len"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; it must be a positive integer")
+        if self.batching not in BATCHING:
+            raise ConfigError(f"batching is {self.batching!r}; it must be one of {', '.join(BATCHING)}")
+        cluster = self.adapter_cluster
+        if cluster is not None and (not isinstance(cluster, int) or isinstance(cluster, bool) or cluster < 1):
+            raise ConfigError(f"adapter_cluster is {cluster!r}; it must be a positive integer or None")
         # The list of policies is above this room, and only its names are wanted here.
         from polybatch.scheduling.policies import policy_named
 

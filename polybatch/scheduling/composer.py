@@ -10,16 +10,23 @@ Source: Sarathi-Serve (Agrawal et al. 2024) for the step, vLLM (Kwon et al. 2023
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import islice
+from math import inf
+
 from polybatch.config import SchedulerConfig
 from polybatch.errors import EngineError
 from polybatch.memory.arena import Arena
 from polybatch.memory.prefix_tree import MatchResult
+from polybatch.scheduling.adapter_clusters import clustered
 from polybatch.scheduling.admission import Admission, PlanDraft
 from polybatch.scheduling.budget import StepSoFar
+from polybatch.scheduling.costs import StepCosts
 from polybatch.scheduling.live_tracks import LiveTracks
 from polybatch.scheduling.making_way import make_way
 from polybatch.scheduling.plan import Chunk, LogitRows, StepPlan
 from polybatch.scheduling.policies import Policy
+from polybatch.scheduling.row_slack import RowSlack
 from polybatch.scheduling.track import Track
 
 MAX_HELD = 64
@@ -36,27 +43,32 @@ class Composer:
     """Makes plans; what runs and waits is in `LiveTracks`, what a policy decides in `Policy`."""
 
     def __init__(
-        self, config: SchedulerConfig, arena: Arena, admission: Admission, policy: Policy, tracks: LiveTracks
+        self,
+        config: SchedulerConfig,
+        arena: Arena,
+        admission: Admission,
+        policy: Policy,
+        tracks: LiveTracks,
+        costs: StepCosts | None = None,
     ) -> None:
         self._config = config
         self._arena = arena
         self._admission = admission
         self._policy = policy
         self._tracks = tracks
+        self._slack = None if costs is None else RowSlack(config.service, arena.page_size, costs)
         self._blocked: tuple[Track, int, int] | None = None
         """Who did not fit last, and the state of the pages then."""
 
     def compose(self, now: float) -> StepPlan | None:
         """The next step; None when nothing waits or runs. Pages in the plan are already taken."""
         tracks = self._tracks
+        self._policy.begin(now)
         draft = PlanDraft(now)
         is_live_waiting = make_way(
             tracks, self._config, self._admission, self._policy, lambda track: self._preempt(track, draft)
         )
-        num_made_way = len(draft.preempted)
-        prefills = self._plan_decodes(draft)
-        if prefills or len(tracks.waiting):
-            self._plan_prefill_work(prefills, draft, num_made_way, is_live_waiting=is_live_waiting)
+        self._plan_chunks(draft, is_live_waiting=is_live_waiting)
         if not draft.chunks:
             return None
         self._plan_prefetches(draft)
@@ -70,32 +82,67 @@ class Composer:
             preempted=tuple(draft.preempted),
         )
 
+    def _plan_chunks(self, draft: PlanDraft, *, is_live_waiting: bool) -> None:
+        """Fill the step. is_live_waiting: beside rows of batches that run."""
+        tracks = self._tracks
+        num_made_way = len(draft.preempted)
+        if self._slack is not None and tracks.num_rows:
+            self._plan_beside_rows(self._slack, draft, num_made_way)
+            return
+        prefills = self._plan_decodes(tracks.running, draft)
+        if prefills or len(tracks.waiting):
+            self._plan_prefill_work(prefills, draft, num_made_way, is_live_waiting=is_live_waiting)
+
+    def _plan_beside_rows(self, slack: RowSlack, draft: PlanDraft, num_made_way: int) -> None:
+        """Live requests as if they were alone; rows of batches get the time that this leaves of the step."""
+        tracks, policy, now = self._tracks, self._policy, draft.now
+        prefills = policy.prefills(self._plan_decodes(islice(tracks.running, tracks.num_live), draft), now)
+        budget = policy.prefill_budget(self._so_far(draft, prefills))
+        budget = self._plan_prefills(prefills, budget, draft)
+        if len(draft.preempted) == num_made_way:
+            budget = self._plan_admissions(budget, draft, is_live_only=True)
+        num_live = tracks.num_live
+        limit_s = slack.limit_s(draft, tracks)
+        is_alone = not draft.chunks
+        rows = slack.decodes(draft, tracks.running[num_live:], limit_s, at_least=is_alone)
+        # Rows that others preempt meanwhile are left out.
+        prefills = policy.prefills(self._plan_decodes((row for row in rows if row.seq.pages), draft), now)
+        step = self._so_far(draft, prefills, limit_s)
+        budget = min(budget, slack.prefill_budget(policy, step, at_least=is_alone))
+        budget = self._plan_prefills(prefills, budget, draft)
+        if len(draft.preempted) == num_made_way and all(t.is_batch for t in tracks.waiting.head(1)):
+            self._plan_admissions(budget, draft, is_live_only=False)
+
+    def _so_far(self, draft: PlanDraft, prefills: list[Track], limit_s: float = inf) -> StepSoFar:
+        tracks = self._tracks
+        return StepSoFar(draft, tracks.track_of, prefills, tracks.waiting, tracks.num_due, limit_s)
+
     def _plan_prefill_work(
         self, prefills: list[Track], draft: PlanDraft, num_made_way: int, *, is_live_waiting: bool
     ) -> None:
         """Spend the prefill budget: on live prefills, on admissions, and then on rows that make way."""
-        tracks, now = self._tracks, draft.now
+        now = draft.now
         late: list[Track] = []
         if len(prefills) > 1 or is_live_waiting:
             rows = [track for track in prefills if track.is_batch]
             live = prefills[: len(prefills) - len(rows)]
             live, rows = self._policy.prefills(live, now), self._policy.prefills(rows, now)
             prefills, late = (live, rows) if is_live_waiting else (live + rows, [])
-        step = StepSoFar(now, draft.chunks, tracks.track_of, prefills + late, tracks.waiting)
-        budget = self._plan_prefills(prefills, self._policy.prefill_budget(step), draft)
+        budget = self._policy.prefill_budget(self._so_far(draft, prefills + late))
+        budget = self._plan_prefills(prefills, budget, draft)
         # What a preemption freed belongs to those that run; admitting now would only preempt again.
         if len(draft.preempted) == num_made_way:
             budget = self._plan_admissions(budget, draft, is_live_only=is_live_waiting)
         self._plan_prefills(late, budget, draft)
 
-    def _plan_decodes(self, draft: PlanDraft) -> list[Track]:
-        """Plan one token for each sequence that decodes; returns those that prefill, in order."""
+    def _plan_decodes(self, running: Iterable[Track], draft: PlanDraft) -> list[Track]:
+        """Plan one token for each of these that decodes; returns those that prefill, in order."""
         prefills = []
         resident = draft.resident
         append = draft.chunks.append
         last = LogitRows.LAST
         # Preemption takes from the rest of this list, so nothing planned here is ever a victim.
-        for track in self._tracks.running:
+        for track in running:
             seq = track.seq
             num_tokens = len(seq.tokens)
             if num_tokens > track.capacity and not self._grow(track, num_tokens, draft):
@@ -150,7 +197,10 @@ class Composer:
         if budget == 0 or room == 0 or not len(waiting):
             return budget
         num_held = 0
-        for track in waiting.head(room + MAX_HELD):
+        head = waiting.head(room + MAX_HELD)
+        if self._config.adapter_cluster is not None:
+            head = clustered(head, running, self._config.adapter_cluster)
+        for track in head:
             if budget == 0 or room == 0 or num_held > MAX_HELD or (is_live_only and track.is_batch):
                 break
             if self._blocked == (track, *self._room_state()):

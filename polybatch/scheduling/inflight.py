@@ -49,7 +49,8 @@ class PrefixesInFlight:
         if track.namespace is None or end >= len(tokens):
             return False
         owner = self._owner.get((match.node or track.namespace, tuple(tokens[start:end])))
-        if owner is None:
+        if owner is None or (owner.is_batch and not track.is_batch):
+            # A row may be long in coming.
             return False
         owner_tokens = owner.cache_keys
         while end + self._page_size < len(tokens):

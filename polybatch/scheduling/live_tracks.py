@@ -6,7 +6,7 @@ computed the prompt, whose KV they then share. No steps here.
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
 from operator import attrgetter
 
 from polybatch.config import SchedulerConfig
@@ -17,14 +17,15 @@ from polybatch.scheduling.inflight import PrefixesInFlight
 from polybatch.scheduling.policies import Policy
 from polybatch.scheduling.track import Track
 
-_KEY = attrgetter("key")
+_KEY, _IS_BATCH = attrgetter("key"), attrgetter("is_batch")
 
 
 class LiveTracks:
     """Queues of a scheduler.
 
     running: sorted by key. waiting: the policy's queue. inflight: prefixes that are being computed.
-    track_of, of_request: what is live, in the order it came.
+    track_of, of_request: what is live, in the order it came. num_rows, num_due: how many of them are rows of
+    batches, and how many have deadlines.
     """
 
     def __init__(self, config: SchedulerConfig, arena: Arena, admission: Admission, policy: Policy) -> None:
@@ -39,12 +40,20 @@ class LiveTracks:
         self.of_request: dict[str, list[Track]] = {}
         self._parked: dict[str, list[Track]] = {}
         self.num_preemptions = 0
+        self.num_rows = self.num_due = 0
+
+    @property
+    def num_live(self) -> int:
+        """Running sequences of live requests: the first so many of `running`."""
+        return bisect_left(self.running, True, key=_IS_BATCH)
 
     def add(self, tracks: list[Track]) -> None:
         """Take in the sequences of a new request; all but the first are parked."""
         request_id = tracks[0].seq.request.request_id
         for track in tracks:
             self.track_of[track.seq] = track
+            self._count(track, 1)
+            self._policy.added(track)
         self.of_request[request_id] = tracks
         self.waiting.push(tracks[0])
         if len(tracks) > 1:
@@ -98,6 +107,7 @@ class LiveTracks:
         seq.status = SequenceStatus.FINISHED
         seq.finish_reason, seq.stop_reason = reason, stop_reason
         del self.track_of[seq]
+        self._count(track, -1)
         siblings = self.of_request[request_id]
         siblings.remove(track)
         if len(parked) == len(siblings) and parked:
@@ -111,6 +121,10 @@ class LiveTracks:
                 self._arena.tree.drop(track.namespace)
         self._policy.finished(track)
 
+    def _count(self, track: Track, change: int) -> None:
+        self.num_rows += change if track.is_batch else 0
+        self.num_due += change if track.due is not None else 0
+
     def check(self) -> None:
         """Assert the laws of the queues. O(sequences); for tests."""
         running = self.running
@@ -119,6 +133,8 @@ class LiveTracks:
         assert sum(map(len, self.of_request.values())) == len(self.track_of)
         assert running == sorted(running, key=_KEY)
         assert [t.is_batch for t in running] == sorted(t.is_batch for t in running), "rows come last"
+        assert self.num_rows == sum(track.is_batch for track in self.track_of.values())
+        assert self.num_due == sum(track.due is not None for track in self.track_of.values())
         for track in self.inflight.tracks:
             assert track in running, f"{track.seq!r} does not run"
             assert track.seq.num_uncomputed > 1, f"{track.seq!r} would hold others back while it decodes"

@@ -25,11 +25,11 @@ from polybatch.errors import ConfigError, EngineError, RequestError
 from polybatch.memory.arena import Arena
 from polybatch.request import AdapterRef, FinishReason, Request, Sequence
 from polybatch.scheduling.admission import Admission
-from polybatch.scheduling.composer import Composer
 from polybatch.scheduling.costs import StepCosts
 from polybatch.scheduling.live_tracks import LiveTracks
 from polybatch.scheduling.plan import Chunk, LogitRows, StepPlan, StepResult
 from polybatch.scheduling.policies import policy_named
+from polybatch.scheduling.separate_steps import COMPOSERS
 from polybatch.scheduling.track import SchedulerStats, Track, salt_number
 
 
@@ -54,7 +54,9 @@ class Scheduler:
         self._policy = policy_named(config.policy)(config, self._arena, costs)
         self._namespace = namespace
         self._tracks = LiveTracks(config, self._arena, self._admission, self._policy)
-        self._composer = Composer(config, self._arena, self._admission, self._policy, self._tracks)
+        self._composer = COMPOSERS[config.batching](
+            config, self._arena, self._admission, self._policy, self._tracks, costs
+        )
         self._order = 0
         self._num_prefill_tokens = 0
         self._num_output_tokens = 0
@@ -89,6 +91,7 @@ class Scheduler:
         for index in range(request.params.n):
             seq = Sequence(request, index)
             track = Track(seq, self._policy.key(request, self._order, now), namespace, max_pages)
+            track.due = self._policy.due(request, now)
             track.num_shared, track.salt = num_shared, salt
             self._order += 1
             tracks.append(track)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from polybatch.memory.adapter_cache import ResidentAdapter
 from polybatch.memory.prefix_tree import Node
 from polybatch.request import Sequence
+
+if TYPE_CHECKING:
+    from polybatch.scheduling.deadlines import Due
 
 Key = tuple[float, ...]
 """A place in a policy's order; smaller goes first."""
@@ -25,12 +29,14 @@ class Track:
     capacity: tokens that its pages can hold. node: its deepest own page in the prefix tree.
     num_shared, salt: so many tokens, whole pages, are cached for everybody, the rest by a number of its own.
     adapter: held while it runs. held_by, held_until: it waits for that running sequence to compute so
-    many tokens of their common prefix, so that they are not computed twice.
+    many tokens of their common prefix, so that they are not computed twice. due: when its tokens are due,
+    None where nothing is promised. num_passed: admissions of later ones that were let past it.
     """
 
     __slots__ = (
         "adapter",
         "capacity",
+        "due",
         "held_by",
         "held_until",
         "is_batch",
@@ -41,6 +47,7 @@ class Track:
         "min_len",
         "namespace",
         "node",
+        "num_passed",
         "num_scored",
         "num_shared",
         "salt",
@@ -67,6 +74,8 @@ class Track:
         self.adapter: ResidentAdapter | None = None
         self.held_by: Track | None = None
         self.held_until = 0
+        self.due: Due | None = None
+        self.num_passed = 0
 
     @property
     def cache_keys(self) -> list[int]:

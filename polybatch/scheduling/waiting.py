@@ -46,6 +46,11 @@ class WaitingQueue:
         tracks = islice(self._tracks, self._first, self._first + n)
         return [track for track in tracks if track is not None]
 
+    def tail(self, n: int) -> list[Track]:
+        """The last `n` tracks, last one first."""
+        tracks = self._tracks[max(self._first, len(self._tracks) - n) :]
+        return [track for track in reversed(tracks) if track is not None]
+
     def push(self, track: Track) -> None:
         first = self._first
         if first and (first == len(self._keys) or track.key < self._key(first)):

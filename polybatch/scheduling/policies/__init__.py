@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from polybatch.errors import ConfigError
 from polybatch.scheduling.policies.base import Policy
+from polybatch.scheduling.policies.baselines import (
+    EarliestDeadlineFirst,
+    EarlyAbort,
+    NewestFirst,
+    ShortestFirst,
+)
+from polybatch.scheduling.policies.deadline import Deadline
 from polybatch.scheduling.policies.fair import Fair
 from polybatch.scheduling.policies.fcfs import FirstComeFirstServed
 from polybatch.scheduling.policies.prefix_groups import PrefixGroups
@@ -16,6 +23,11 @@ POLICIES: dict[str, type[Policy]] = {
     "fcfs": FirstComeFirstServed,
     "priority": Priority,
     "fair": Fair,
+    "deadline": Deadline,
+    "edf": EarliestDeadlineFirst,
+    "shortest_first": ShortestFirst,
+    "newest_first": NewestFirst,
+    "early_abort": EarlyAbort,
     "prefix_groups": PrefixGroups,
 }
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from polybatch.memory.prefix_tree import MatchResult
 from polybatch.request import Request
 from polybatch.scheduling.budget import PrefillBudget, StepSoFar
+from polybatch.scheduling.deadlines import Due, due_of
 from polybatch.scheduling.track import BATCH_PRIORITY, Key, Track
 from polybatch.scheduling.waiting import Waiting, WaitingQueue
 
@@ -30,12 +31,21 @@ class Policy:
     """
 
     summary: ClassVar[str] = "first come, first served"
+    is_planning: ClassVar[bool] = False
+    """Whether it looks at all rows of batches that wait, so that more of them are worth having at once."""
 
     def __init__(self, config: SchedulerConfig, arena: Arena, costs: StepCosts | None = None) -> None:
         self.config = config
         self.arena = arena
         self.costs = costs
         self._budget = PrefillBudget(config, arena, costs)
+
+    def begin(self, now: float) -> None:
+        """A step is about to be planned."""
+
+    def due(self, request: Request, now: float) -> Due | None:
+        """When a request's tokens are due, worked out when it is added; None where nothing is promised."""
+        return due_of(request, self.config.service, now)
 
     def key(self, request: Request, order: int, now: float) -> Key:
         """A request's place when it is added; smaller goes first.
@@ -46,6 +56,9 @@ class Policy:
         everything of its class that came later.
         """
         return (1 if request.priority >= BATCH_PRIORITY else 0, order)
+
+    def added(self, track: Track) -> None:
+        """A new track is live; it waits, or its sibling does that computes its prompt."""
 
     def queue(self) -> Waiting:
         """The waiting queue; asked for once."""
