@@ -4,8 +4,8 @@ Claims: 64 adapters of rank 16 on all seven linears cost 32 decode layers at mos
 rows; one adapter costs at most 5 % of a step, decoding or in a prefill of 8,192 tokens. Layers are real ones
 but for attention: products, write_kv, norms and SiLU, with and without adapters, as captured graphs over
 several layers of distinct memory, so that no cache holds them. Schedules of the launches are held to the
-default and timed beside it. The exit status says whether a check failed. A rehearsal compiles everything first,
-side by side.
+default and timed beside it. The exit status says whether a check failed. A rehearsal compiles everything,
+side by side, before the first of them.
 
     python -m benchmarks.cuda.lora [--quick] [--json PATH]
 """
@@ -41,7 +41,6 @@ from polybatch.adapters.weights import AdapterWeights, ModuleDelta
 from polybatch.execution.cuda_adapters import CudaAdapters
 from polybatch.kernels.lora import work
 from polybatch.kernels.lora.work import GROUPS
-
 
 BOUNDS = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-5}
 

@@ -270,11 +270,10 @@ def tune_wide(pool: Pool, base: Base, results: list) -> None:
     step = Step(pool, segments_of([8192]), 8192, wide=True)
     kernels = consumers(step, base)
     options = {
-        "SILU_TILES": ("silu_mul", [(64, 8, 4, 3), (64, 8, 4, 1), (128, 4, 4, 1), (128, 8, 8, 2),
-                                    (64, 14, 4, 2), (32, 16, 4, 2)]),
-        "NORM_TILES": ("norm of o", [(256, 16, 4, 2), (256, 16, 4, 1), (256, 16, 4, 3), (128, 16, 4, 3),
-                                     (256, 32, 8, 2)]),
-        "WRITE_TILES": ("write_kv", [(4, 4, 2), (4, 4, 1), (8, 4, 2), (2, 4, 2), (4, 8, 2)]),
+        "SILU_TILES": ("silu_mul", [(64, 8, 4, 3), (64, 14, 4, 3), (32, 16, 4, 3), (32, 16, 4, 2)]),
+        "NORM_TILES": ("norm of o", [(256, 16, 4, 2), (128, 16, 4, 3), (256, 32, 8, 2), (128, 32, 8, 3),
+                                     (128, 32, 4, 2)]),
+        "WRITE_TILES": ("write_kv", [(4, 4, 2), (4, 4, 1), (8, 4, 2), (8, 4, 1)]),
     }  # fmt: skip
     for name, (kernel, settings) in options.items():
         for setting in settings:
