@@ -61,7 +61,8 @@ class CudaExecutor:
     """Runs ragged steps on one GPU; an `AheadExecutor`.
 
     dtype: of activations, keys and values, adapter rows, and of weights that are not quantised.
-    quantization: of the layers' linear weights: None, "int4" or "fp8".
+    quantization: of the layers' linear weights: None, "int4", "int4-channel" or "fp8". A checkpoint that is
+        quantised in the same kind is taken as it is stored where the kernels can (`stored_product`).
     max_num_tokens, max_num_seqs: of a step; max_num_logits: rows of logits, max_num_seqs by default, more
         where prompts are scored. max_model_len: tokens of a sequence.
     graphs: capture decode steps. progress: told what start-up does, how much of it is done, of how much.
@@ -110,7 +111,7 @@ class CudaExecutor:
         linear_space = LinearWorkspace(where, kind, max_num_tokens)
         self._weights = DeviceWeights(
             weights, kind, where, lambda weight: pack(weight, quantization, linear_space),
-            lambda done, total: report("weights", done, total),
+            lambda done, total: report("weights", done, total), quantization,
         )  # fmt: skip
         if self._is_cuda:
             torch.cuda.synchronize(where)

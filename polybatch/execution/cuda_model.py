@@ -14,8 +14,11 @@ from typing import Protocol
 import torch
 
 from polybatch.config import ModelSpec
+from polybatch.execution.cuda_stored import stored_product
 from polybatch.kernels.linear.cuda import PackedLinear
+from polybatch.kernels.linear.cuda_fragment_linear import link_products
 from polybatch.kernels.norm.cuda import rms_norm
+from polybatch.models.quantized_weights import QuantizedTensor
 from polybatch.models.weights import LayerWeights, ModelWeights
 
 FUSED = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
@@ -54,7 +57,8 @@ class DeviceWeights:
     """All weights of a model on one device.
 
     pack: how the linear weights of the decoder layers are held.
-    progress: told of layers done and their number.
+    progress: told of layers done and their number. scheme: of pack; weights that the checkpoint stores in it
+        are packed as they are stored.
     """
 
     def __init__(
@@ -62,8 +66,9 @@ class DeviceWeights:
         weights: ModelWeights,
         dtype: torch.dtype,
         device: torch.device,
-        pack: Callable[[torch.Tensor], PackedLinear],
+        pack: Callable[[torch.Tensor | QuantizedTensor], PackedLinear],
         progress: Callable[[int, int], None] | None = None,
+        scheme: str | None = None,
     ) -> None:
         self.spec = spec = weights.spec
 
@@ -75,9 +80,17 @@ class DeviceWeights:
         self.lm_head = HeadLinear(self.embedding if spec.tie_embeddings else place(weights.lm_head()))
         self.layers = []
         for index in range(spec.num_layers):
-            self.layers.append(_hold(weights.layer(index), place, pack))
+            stored = {
+                name: stored_product(weights, index, [f"{part}_proj" for part in parts], scheme)
+                for name, parts in FUSED.items()
+            }
+            self.layers.append(_hold(weights.layer(index), place, pack, stored))
             if progress is not None:
                 progress(index + 1, spec.num_layers)
+        # Not qkv and o: the keys and values that attention reads between them fill the cache.
+        for index, layer in enumerate(self.layers):
+            after = [later.products["qkv"] for later in self.layers[index + 1 : index + 2]]
+            link_products([*(layer.products[name] for name in ("o", "gate_up", "down")), *after])
 
     @property
     def num_bytes(self) -> int:
@@ -92,16 +105,21 @@ class DeviceWeights:
 def _hold(
     layer: LayerWeights,
     place: Callable[[torch.Tensor], torch.Tensor],
-    pack: Callable[[torch.Tensor], PackedLinear],
+    pack: Callable[[torch.Tensor | QuantizedTensor], PackedLinear],
+    stored: dict[str, QuantizedTensor | None],
 ) -> Layer:
     products: dict[str, PackedLinear] = {}
     biases: dict[str, torch.Tensor] = {}
     for name, parts in FUSED.items():
-        placed = [place(getattr(layer, part)) for part in parts]
-        products[name] = pack(placed[0] if len(placed) == 1 else torch.cat(placed))
+        kept = stored[name]
+        if kept is None:
+            placed = [place(getattr(layer, part)) for part in parts]
+            products[name] = pack(placed[0] if len(placed) == 1 else torch.cat(placed))
+        else:
+            products[name] = pack(kept)
         found = [getattr(layer, f"{part}_bias") for part in parts]
         if any(bias is not None for bias in found):
-            sizes = [weight.shape[0] for weight in placed]
+            sizes = [getattr(layer, part).shape[0] for part in parts]
             biases[name] = place(
                 torch.cat([
                     torch.zeros(size) if bias is None else bias.detach().float().cpu()

@@ -6,6 +6,8 @@ Behind `polybatch.kernels.linear.cuda.pack`, whose workspace and rules hold here
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -139,6 +141,13 @@ class FragmentLinear:
                 num_warps=4,
             )
             torch.mm(x, weight.T, out=out[:, first : first + num_rows])
+
+
+def link_products(products: Sequence[object]) -> None:
+    """Tell products that run soon after each other of the next; those of other kinds are left out."""
+    for one, following in pairwise(products):
+        if isinstance(one, FragmentLinear) and isinstance(following, FragmentLinear):
+            one.following = following
 
 
 def _sent_bytes(wanted: int, programs: int, layout: FragmentLayout, parts: int) -> int:

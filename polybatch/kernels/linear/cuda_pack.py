@@ -82,9 +82,9 @@ def pack_int4(weight: QuantizedTensor) -> Int4Layout:
     planes = values.view(rows, k_tiles, 4, PLANE).permute(2, 1, 0, 3).to(torch.int16)
     words = planes[0] | (planes[1] << 4) | (planes[2] << 8) | (planes[3] << 12)
     is_grouped = not weight.is_per_channel or weight.zeros is not None
-    scales_bf16 = not _fits_half(weight.scales)
+    dtype = _scale_type(weight.scales)
+    scales_bf16 = dtype == torch.bfloat16
     if is_grouped:
-        dtype = torch.bfloat16 if scales_bf16 else torch.float16
         scales = _pairs(weight.scales.to(dtype), weight.group_size, rows, k_tiles)
     else:
         scales = torch.nn.functional.pad(weight.scales[:, 0].float(), (0, rows - num_out))
@@ -138,9 +138,9 @@ def pack_fragments(weight: QuantizedTensor) -> FragmentLayout:
     # -> [tile; 16 rows; half of 16 words; row of 8, thread of 4; half of 8 words, half of 16 rows]
     words = words.permute(3, 0, 4, 2, 6, 5, 1).reshape(k_tiles, rows, 16)
     is_grouped = not weight.is_per_channel or weight.zeros is not None
-    scales_bf16 = not _fits_half(weight.scales)
+    dtype = _scale_type(weight.scales)
+    scales_bf16 = dtype == torch.bfloat16
     if is_grouped:
-        dtype = torch.bfloat16 if scales_bf16 else torch.float16
         scales = _by_tile(weight.scales.to(dtype).view(torch.int16), weight.group_size, rows, k_tiles)
     else:
         scales = torch.nn.functional.pad(weight.scales[:, 0].float(), (0, rows - num_out))
@@ -169,10 +169,25 @@ def _check_layout(weight: QuantizedTensor) -> None:
         )
 
 
-def _fits_half(scales: torch.Tensor) -> bool:
-    """Whether float16 holds all scales as well as bfloat16 would."""
-    size = scales.float().abs()
-    return bool(((size == 0) | ((size >= _SMALLEST_NORMAL_HALF) & (size <= _LARGEST_HALF))).all())
+def holds_exactly(weight: QuantizedTensor) -> bool:
+    """Whether packing keeps a 4-bit weight to the last bit: its groups, and scales in 16 bits."""
+    num_in = weight.shape[1]
+    if num_in % 8 or not (weight.is_per_channel or weight.group_size % GROUP_INPUTS == 0):
+        return False
+    if weight.is_per_channel and weight.zeros is None:
+        return True
+    return torch.equal(weight.scales.to(_scale_type(weight.scales)).float(), weight.scales.float())
+
+
+def _scale_type(scales: torch.Tensor) -> torch.dtype:
+    """The 16-bit type that holds all scales best: float16, except where it overflows or loses more bits."""
+    wide = scales.float()
+    half = wide.half()
+    if torch.equal(half.float(), wide):
+        return torch.float16
+    size = wide.abs()
+    is_normal = (size == 0) | ((size >= _SMALLEST_NORMAL_HALF) & (size <= _LARGEST_HALF))
+    return torch.float16 if bool(is_normal.all()) else torch.bfloat16
 
 
 def _pairs(table: torch.Tensor, group_size: int, rows: int, k_tiles: int) -> torch.Tensor:
