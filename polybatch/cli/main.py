@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import typer
 
 from polybatch import __version__
-from polybatch.cli import batch, bench, chat, info, keys, selfcheck, serve, simulate
+from polybatch.cli import batch, bench, calibrate, chat, info, keys, selfcheck, serve, simulate
 from polybatch.errors import PolybatchError
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app.add_typer(keys.app, name="keys")
 app.command("info")(info.info)
 app.command("bench")(bench.bench)
 app.command("selfcheck")(selfcheck.selfcheck)
+app.command("calibrate")(calibrate.calibrate)
 app.command("simulate")(simulate.simulate)
 
 

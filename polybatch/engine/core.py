@@ -31,6 +31,8 @@ from polybatch.execution.executor import AheadExecutor, Executor, Launch
 from polybatch.mixture import AdapterChoice
 from polybatch.request import FinishReason, Request, RequestOutput, SamplingParams, Sequence, SequenceStatus
 from polybatch.sampling.sampler import Sampled, Sampler
+from polybatch.scheduling.costs import StepShape, shape_of
+from polybatch.scheduling.online_cost import OnlineCost
 from polybatch.scheduling.plan import PENDING, LogitRows, StepPlan, StepResult
 from polybatch.scheduling.scheduler import Scheduler
 
@@ -40,7 +42,8 @@ class Flight:
     """A step on its way: what was planned, and who gets a token from which row of its logits.
 
     logits: where the host samples. launch: where the device does; then positions are the indices of the
-    PENDING tokens in their sequences, and ended the sequences that end with them.
+    PENDING tokens in their sequences, and ended the sequences that end with them. started: on `perf_counter`,
+    when its planning began. predicted_s: what was expected of it, None where nothing was.
     """
 
     plan: StepPlan
@@ -50,6 +53,9 @@ class Flight:
     launch: Launch | None = None
     positions: list[int] = field(default_factory=list)
     ended: list[Sequence] = field(default_factory=list)
+    shape: StepShape = field(default_factory=StepShape)
+    started: float = 0.0
+    predicted_s: float | None = None
 
 
 class EngineCore:
@@ -58,7 +64,7 @@ class EngineCore:
     tokenizer: None for token ids in and out only. store: None for no adapters.
     max_model_len: prompt + output in tokens.
     seed: requests without their own get one from it and from how many came before.
-    clock: seconds, monotonic.
+    clock: seconds, monotonic. costs: what steps are expected to take; learns from every step.
     """
 
     def __init__(
@@ -71,13 +77,16 @@ class EngineCore:
         max_model_len: int,
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
+        costs: OnlineCost | None = None,
     ) -> None:
         self.executor, self.scheduler = executor, scheduler
         self.tokenizer, self.store = tokenizer, store
         self.door = Door(executor.spec, max_model_len, tokenizer, store, seed, clock)
         self.times = StepTimes()
         self.step_log = StepLog(scheduler.arena.adapters.is_resident)
+        self.costs = OnlineCost() if costs is None else costs
         self._clock = clock
+        self._landed = 0.0
         self._sampler = Sampler(executor.spec.vocab_size)
         self._requests: dict[str, Progress] = {}
         self._live: dict[Sequence, Completion] = {}
@@ -156,9 +165,9 @@ class EngineCore:
             if plan is not None:
                 self.step_log.planned(plan, now)
             self._advance(plan, now, started)
-            self.step_log.stepped(time.perf_counter() - started)
         except BaseException as error:
             self._flight = None
+            self.step_log.failed()
             message = str(error) if isinstance(error, EngineError) else f"a step failed: {error!r}"
             self._end(list(self._requests), FinishReason.ERROR, message)
             if plan is not None:
@@ -180,6 +189,11 @@ class EngineCore:
             return None
         self._end([request_id], FinishReason.ABORT, None)
         return self._finished.pop()
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether a step is on its way whose tokens have not been taken in."""
+        return self._flight is not None
 
     def live(self) -> Iterable[Progress]:
         """Requests in the engine, in the order they came; to be looked at only."""
@@ -205,6 +219,8 @@ class EngineCore:
         planned = clock()
         times.plan_s += planned - started
         flight = None if plan is None else self._start(plan, now)
+        if flight is not None:
+            self._expect(flight, started)
         times.forward_s += clock() - planned
         before, self._flight = self._flight, None
         if before is not None:
@@ -215,6 +231,7 @@ class EngineCore:
         times.num_tokens += flight.plan.num_tokens
         if flight.launch is None:
             self._sample(flight)
+            self._measured(flight, clock())
         else:
             committing = clock()
             flight.positions = [len(completion.seq.tokens) for completion in flight.picked]
@@ -241,6 +258,19 @@ class EngineCore:
                 return flight
         flight.logits = executor.forward(plan, adapters)
         return flight
+
+    def _expect(self, flight: Flight, started: float) -> None:
+        """Note what a step is expected to take; on a device that works ahead, while it runs."""
+        flight.started, costs = started, self.costs
+        flight.shape = shape_of(flight.plan, self.executor.pool.page_size)
+        flight.predicted_s = costs.predict(flight.shape) if costs.is_ready else None
+
+    def _measured(self, flight: Flight, ended: float) -> None:
+        """A step is over: it had the device to itself from the end of the one before, or from its planning."""
+        duration_s = ended - max(flight.started, self._landed)
+        self._landed = ended
+        self.step_log.stepped(duration_s, flight.predicted_s)
+        self.costs.observe(flight.shape, duration_s)
 
     def _sample(self, flight: Flight) -> None:
         """Choose a step's tokens from its logits and take them in."""
@@ -274,6 +304,7 @@ class EngineCore:
         assert flight.launch is not None
         sampled = flight.launch.sampled()
         landed = clock()
+        self._measured(flight, landed)
         live = [i for i, completion in enumerate(flight.picked) if completion.seq in self._live]
         ended = [seq for seq in flight.ended if seq in self._live]
         picked = [flight.picked[i] for i in live]

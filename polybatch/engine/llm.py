@@ -19,6 +19,7 @@ from polybatch.adapters.store import AdapterStore
 from polybatch.config import ModelSpec
 from polybatch.engine.config import EngineConfig, ResolvedConfig, adapter_bytes, resolve_dtype
 from polybatch.engine.core import EngineCore
+from polybatch.engine.cost_files import cost_key, costs_for
 from polybatch.engine.executors import build_executor, settle
 from polybatch.engine.ports import TextTokenizer
 from polybatch.engine.stats import EngineStats
@@ -82,6 +83,7 @@ class LLM:
         pack = runner.pack_adapter if isinstance(runner, PackingExecutor) else None
         store = AdapterStore(loaded.weights, runner.adapter_pages, pack)
         scheduler = Scheduler(self.config.scheduler, runner.pool, loaded.fingerprint)
+        self.cost_key = cost_key(self.config, str(model), loaded.fingerprint)
         self._attach(
             EngineCore(
                 runner,
@@ -90,6 +92,7 @@ class LLM:
                 store,
                 max_model_len=self.config.scheduler.max_model_len,
                 seed=seed,
+                costs=costs_for(self.cost_key),
             ),
             str(model),
         )

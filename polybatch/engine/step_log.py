@@ -25,8 +25,8 @@ class StepRecord(msgspec.Struct, array_like=True, frozen=True):
     """What one step held.
 
     index: from 0 since the engine's start. started_s: on the engine's clock.
-    duration_s: of the call to `EngineCore.step` that ran it; where the device works ahead, the time between
-        two launches. predicted_s: what was expected before, None where nothing is predicted.
+    duration_s: from its planning to its tokens, or from the end of the step before where that came later, as
+        it does where the device works ahead. predicted_s: what was expected of that, None where nothing was.
     num_seqs: chunks. decode: newest tokens of sequences that decode, by adapter, "" for none.
     prefill: tokens of prompts, and of what is computed again after a preemption, by adapter.
     """
@@ -92,8 +92,9 @@ class StepLog:
         self._notes: dict[str, _Notes] = {}
         self._wanted: dict[str, dict[str, _Notes]] = {}
         """Adapter that is being waited for -> the requests that do."""
-        self._draft: StepRecord | None = None
-        self._num_steps = 0
+        self._drafts: deque[StepRecord] = deque()
+        """Of steps that are not over: two for a moment where the device works ahead."""
+        self._num_planned = 0
 
     def submitted(self, progress: Progress) -> None:
         request = progress.request
@@ -117,17 +118,29 @@ class StepLog:
         for load in plan.loads:
             for notes in self._wanted.pop(load.adapter.digest, {}).values():
                 notes.adapter_load_s = now
-        self._draft = StepRecord(
-            self._num_steps, now, 0.0, None,
+        self._drafts.append(StepRecord(
+            self._num_planned, now, 0.0, None,
             len(plan.chunks), len(plan.loads), len(plan.preempted), decode, prefill,
-        )  # fmt: skip
+        ))  # fmt: skip
+        self._num_planned += 1
 
     def stepped(self, duration_s: float, predicted_s: float | None = None) -> None:
-        """Keep what was counted of the step that is now over."""
-        draft, self._draft = self._draft, None
-        if draft is not None:
-            self._steps.append(replace(draft, duration_s=duration_s, predicted_s=predicted_s))
-            self._num_steps += 1
+        """Keep what was counted of the step that is now over: the oldest that was planned and is not."""
+        draft = self._drafts.popleft()
+        self._steps.append(replace(draft, duration_s=duration_s, predicted_s=predicted_s))
+
+    def failed(self) -> None:
+        """Forget the steps that were planned and will never be over."""
+        self._num_planned -= len(self._drafts)
+        self._drafts.clear()
+
+    def prediction_errors(self) -> list[float]:
+        """|predicted - measured| / measured of the steps in the ring that were predicted."""
+        return [
+            abs(step.predicted_s / step.duration_s - 1.0)
+            for step in self._steps
+            if step.predicted_s is not None and step.duration_s > 0
+        ]
 
     def finished(self, progress: Progress) -> None:
         """Move a request from the live to the finished."""

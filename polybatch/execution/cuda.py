@@ -175,6 +175,11 @@ class CudaExecutor:
         return self._pool
 
     @property
+    def graph_sizes(self) -> tuple[int, ...]:
+        """Numbers of rows that decode steps are padded to, ascending; empty where nothing is captured."""
+        return () if self._graphs is None else tuple(self._graphs.sizes)
+
+    @property
     def arena(self) -> torch.Tensor:
         """The pool's memory, [num_layers, num_pages, page_bytes] uint8."""
         return self.memory.arena
