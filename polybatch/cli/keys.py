@@ -21,7 +21,7 @@ def new(
         "keys.txt"
     ),
     admin: Annotated[bool, typer.Option("--admin", help="For loading adapters and the like, too.")] = False,
-    metrics: Annotated[bool, typer.Option("--metrics", help="For /metrics and nothing else.")] = False,
+    metrics: Annotated[bool, typer.Option("--metrics", help="For /metrics and /ready alone.")] = False,
 ) -> None:
     """Make a key, append its hash to the file and print it, this once.
 

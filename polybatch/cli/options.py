@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, get_type_hints
@@ -98,9 +99,7 @@ class EngineOptions:
         """Adapter name -> folder. Raises ConfigError for a malformed or repeated pair."""
         result: dict[str, str] = {}
         for pair in self.adapter or ():
-            name, equals, path = pair.partition("=")
-            if not (name and equals and path):
-                raise ConfigError(f"--adapter is {pair!r}; it must be NAME=DIR")
+            name, path = _name_and_path(pair)
             if name in result:
                 raise ConfigError(f"--adapter {name} is given twice: choose two names")
             if name == self.chosen_model():
@@ -112,6 +111,20 @@ class EngineOptions:
         """Keyword arguments for the engine, besides model and adapters."""
         apart = ("model_name", "model", "adapter")
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
+
+
+def _name_and_path(text: str) -> tuple[str, str]:
+    """Of `NAME=DIR`, or as vLLM also has it, `{"name": NAME, "path": DIR}`. Raises ConfigError."""
+    name, _, path = text.partition("=")
+    if text.startswith("{"):
+        try:
+            found = json.loads(text)
+            name, path = found["name"], found["path"]
+        except (ValueError, KeyError, TypeError):
+            name = path = ""
+    if not (isinstance(name, str) and isinstance(path, str) and name and path):
+        raise ConfigError(f"--adapter is {text!r}; it must be NAME=DIR")
+    return name, path
 
 
 def with_engine(command: Callable[..., None]) -> Callable[..., None]:

@@ -77,7 +77,8 @@ def serve(
     metrics_api_key: Annotated[
         list[str] | None,
         typer.Option(
-            rich_help_panel=_ACCESS, help="For /metrics and nothing else; once there are keys it needs one."
+            rich_help_panel=_ACCESS,
+            help="For /metrics, which needs one once there are keys, and /ready.",
         ),
     ] = None,
     api_keys: Annotated[
@@ -110,6 +111,8 @@ def serve(
         ),
     ] = None,
     enable_auto_tool_choice: Annotated[bool, typer.Option(hidden=True)] = True,
+    enable_chunked_prefill: Annotated[bool, typer.Option("--enable-chunked-prefill", hidden=True)] = True,
+    disable_log_requests: Annotated[bool, typer.Option("--disable-log-requests", hidden=True)] = True,
     max_num_queued_reqs: Annotated[
         int, typer.Option(rich_help_panel=_LIMITS, help="Completions that may wait; more get status 429.")
     ] = 1024,

@@ -17,14 +17,14 @@ class ServerConfig:
     tool_call_parser: how the model writes tool calls, None to go by its chat template.
     served_model_names: what `model` may say for the base model; answers to `/v1/models` begin with the first.
     api_keys: one of them is needed for every route but liveness, if there are any. admin_api_keys: for routes
-    that change the server; without one these are closed. metrics_api_keys: for /metrics and nothing else; an
-    admin key opens it, too. api_keys_file, tenants_file: keys and limits of
-    tenants, see `polybatch.server.key_file` and `polybatch.server.tenants`. adapter_roots: folders below
-    which adapters may be loaded at run time. allowed_hosts: Host headers besides those of this machine, for a
-    server without keys. max_num_queued_reqs, max_num_queued_tokens: completions and prompt tokens that may
-    wait; more are answered with 429. max_body_bytes: of a request; max_buffered_bytes: of all bodies whose
-    requests are under way. max_json_depth: of arrays and objects in each other. max_n, max_logprobs,
-    max_stop_strings: per request; max_stop_chars: of a stop string; max_token_ids: in logit_bias and in
+    that change the server; without one these are closed. metrics_api_keys: for /metrics and /ready and
+    nothing else. api_keys_file, tenants_file: keys and limits of tenants, see `polybatch.server.key_file`
+    and `polybatch.server.tenants`. adapter_roots: folders below which adapters may be loaded at run time.
+    allowed_hosts: Host headers besides those of this machine, for a server without keys.
+    max_num_queued_reqs, max_num_queued_tokens: completions and prompt tokens that may wait; more are
+    answered with 429. max_body_bytes: of a request; max_buffered_bytes: of all bodies whose requests are
+    under way. max_json_depth: of arrays and objects in each other. max_n, max_logprobs, max_stop_strings:
+    per request; max_stop_chars: of a stop string; max_token_ids: in logit_bias and in
     stop_token_ids. data_dir: where files and batches are kept; without it there are none. max_file_bytes: of
     an upload; max_tenant_file_bytes: of all files of a tenant; max_tenant_batches: under way at once.
     body_timeout_s: to send a request. send_timeout_s: to take a piece of an answer. drain_timeout_s: that

@@ -20,7 +20,8 @@ from polybatch.server.errors import HttpError, error_response
 from polybatch.server.key_file import Role
 
 OPEN_PATHS = frozenset(("/health",))
-METRICS_PATH = "/metrics"
+WATCHED_PATHS = ("/metrics", "/ready")
+"""What a metrics key opens."""
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _LOCAL_HOSTS = frozenset(("localhost", "127.0.0.1", "::1"))
 
@@ -89,8 +90,10 @@ class Gate:
             caller = browser_caller(self._keys, authorization)
         else:
             caller = self._keys.caller_of(authorization)
-        if caller.role is Role.METRICS and path != METRICS_PATH:
-            raise HttpError(403, f"this key is for {METRICS_PATH} alone", kind="permission_error")
+        if caller.role is Role.METRICS and path not in WATCHED_PATHS:
+            raise HttpError(
+                403, f"this key is for {' and '.join(WATCHED_PATHS)} alone", kind="permission_error"
+            )
         return caller
 
 

@@ -54,6 +54,11 @@ class Generation:
         self._is_closed = False
 
     @property
+    def _client_id(self) -> str:
+        """What the client calls it."""
+        return self._state.meter.client_id(self.requests[0].request_id)
+
+    @property
     def num_prompt_tokens(self) -> int:
         return sum(len(request.prompt_token_ids) for request in self.requests)
 
@@ -129,7 +134,7 @@ class Generation:
             self._num_output_tokens = 0
         if not self._is_closed:
             logger.info(
-                "%s: %d prompt tokens, adapter %s, %.3f s", self.requests[0].request_id,
+                "%s: %d prompt tokens, adapter %s, %.3f s", self._client_id,
                 self.num_prompt_tokens, self.requests[0].adapter and self.requests[0].adapter.name,
                 time.monotonic() - self._started_s,
             )  # fmt: skip

@@ -31,7 +31,7 @@ _HASH = re.compile(r"sha256:([0-9a-f]{64})")
 
 
 class Role(enum.StrEnum):
-    """What a key is for: TENANT to generate, ADMIN for everything, METRICS for /metrics and nothing else."""
+    """What a key is for: TENANT to generate, ADMIN for everything, METRICS to watch."""
 
     TENANT = "tenant"
     ADMIN = "admin"

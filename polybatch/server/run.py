@@ -59,6 +59,9 @@ class DrainingServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        config = self._state.config
+        port = self.servers[0].sockets[0].getsockname()[1]
+        logger.info("serving %s on http://%s:%d", config.served_model_names[0], config.host, port)
         if self._state.batches is not None:
             self._state.batches.start()
 
@@ -88,6 +91,10 @@ async def serve(llm: AsyncLLM, config: ServerConfig) -> int:
 
     Raises ConfigError, ModelError, AdapterError or EngineError if it cannot start.
     """
+    # An address that is taken shall not be found out after minutes of loading.
+    sockets = bind(config.host, config.port)
+    # It would write a line for every malformed form.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
     async with llm:
         state = ServerState.create(llm, config)
         if not config.is_local and state.keys.is_open:
@@ -99,13 +106,34 @@ async def serve(llm: AsyncLLM, config: ServerConfig) -> int:
         failed = asyncio.create_task(_stop_when_failed(llm, server))
         reporting = asyncio.create_task(report_status(state.view))
         stop_tracing = _start_tracing(state)
-        logger.info("serving %s on http://%s:%d", config.served_model_names[0], config.host, config.port)
-        await server.serve()
+        await server.serve(sockets)
         is_failed = failed.done()
         failed.cancel()
         reporting.cancel()
         await asyncio.to_thread(stop_tracing)
     return FAILED_STATUS if is_failed else 0
+
+
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Sockets of an address, which nobody can connect to yet. Raises ConfigError."""
+    sockets: list[socket.socket] = []
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        # A free port of the system's choice is one of one address.
+        for family, kind, protocol, _, address in found if port else found[:1]:
+            sock = socket.socket(family, kind, protocol)
+            sockets.append(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind(address)
+    except OSError as error:
+        for sock in sockets:
+            sock.close()
+        raise ConfigError(
+            f"--host {host} --port {port} cannot be listened on: {error.strerror}; choose others"
+        ) from error
+    return sockets
 
 
 def reload_tenants(state: ServerState) -> None:

@@ -64,7 +64,8 @@ def test_a_metrics_key_opens_the_metrics_alone(locked: RunningServer) -> None:
         assert response.status_code == status
         assert ("polybatch_engine_up" in response.text) == (status == 200)
     assert "--metrics-api-key" in ask(locked, "GET", "/metrics", "one").json()["error"]["message"]
-    for path in ("/v1/models", "/ready", "/dashboard", "/dashboard/data", "/openapi.json", "/nowhere"):
+    assert ask(locked, "GET", "/ready", "watcher").status_code == 200
+    for path in ("/v1/models", "/dashboard", "/dashboard/data", "/openapi.json", "/nowhere"):
         assert ask(locked, "GET", path, "watcher").status_code == 403
     body = {"model": "base", "prompt": "x"}
     assert ask(locked, "POST", "/v1/completions", "watcher", json=body).status_code == 403

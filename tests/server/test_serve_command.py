@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,11 +18,10 @@ import pytest
 
 from polybatch.cli.main import main
 from polybatch.server.key_file import add_key
+from polybatch.server.run import bind
 
 
 def free_port() -> int:
-    import socket
-
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port: int = sock.getsockname()[1]
@@ -115,6 +115,23 @@ def test_what_cannot_be_served_is_said_in_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in missing.stderr
 
 
+def test_an_address_that_is_taken_is_found_out_before_anything_is_loaded() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = str(taken.getsockname()[1])
+        for flags in (("--port", port), ("--host", "no.such.host.invalid")):
+            refused = error_of("no-such-model", *flags)
+            assert refused.returncode == 2
+            assert refused.stderr.splitlines()[-1].startswith("polybatch: error: --host")
+            assert "Traceback" not in refused.stderr
+
+
+def test_a_port_of_the_systems_choice_is_bound_once() -> None:
+    (sock,) = bind("localhost", 0)
+    assert sock.getsockname()[1] > 0
+    sock.close()
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -140,6 +157,7 @@ def test_a_bad_config_file_is_refused(
     [
         ("stub", "--adapter", "red=x", "--served-model-name", "red"),
         ("stub", "--max-n", "0"),
+        ("stub", "--lora-modules", '{"name": "red"}'),
         ("stub", "--log-level", "loud"),
         ("stub", "--api-key", "a", "--admin-api-key", "a"),
         ("stub", "--engine-hang-timeout", "0"),
