@@ -19,12 +19,15 @@ from polybatch.cli.remote import api_key_of, refuse_engine_flags, run_batch
 from polybatch.errors import ConfigError
 from polybatch.jobs.job import Job, open_job, weights_fingerprint
 from polybatch.jobs.results import Progress
-from polybatch.jobs.runner import ModelNames, Runner
+from polybatch.jobs.runner import PLANNED, ModelNames, Runner, Window
+from polybatch.scheduling.policies import POLICIES, policy_named
 
 _SERVER = "Through a server"
 
 LOOK_AHEAD = 2
 """Completions kept in the engine per one that can run, so that a batch never runs dry."""
+
+DEFAULT_POLICY = "prefix_groups"
 
 
 @with_engine
@@ -62,6 +65,13 @@ def batch(
     concurrency: Annotated[
         int, typer.Option(rich_help_panel=_SERVER, min=1, help="Requests under way at once.")
     ] = 64,
+    scheduling_policy: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Default {DEFAULT_POLICY}. "
+            + "; ".join(f"{name}: {policy.summary}" for name, policy in POLICIES.items())
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")] = False,
 ) -> None:
     """Run every request of a file and write every answer.
@@ -73,6 +83,9 @@ def batch(
     Stop it with Ctrl-C, kill it, pull the plug: the same command goes on where it stopped, with no
     row lost or repeated. Lines that are wrong become error lines of the output.
 
+    Rows with common beginnings run together, wherever they stand in the file; answers are written as
+    they come. polybatch plan-job tells beforehand what that saves.
+
     With --server URL the same happens through a server that speaks OpenAI's interface.
 
     Exit status 0 once every line has an answer or an error line.
@@ -81,6 +94,8 @@ def batch(
     if server is not None:
         if served_model_name:
             raise ConfigError("--served-model-name is the server's to choose: leave it out beside --server")
+        if scheduling_policy:
+            raise ConfigError("--scheduling-policy is the server's to choose: leave it out beside --server")
         refuse_engine_flags(engine)
         with ProgressDisplay(console, quiet) as display:
             progress, stopped_by = run_batch(
@@ -105,7 +120,9 @@ def batch(
             progress = Progress(total, ok, errors, done_before=ok + errors)
         else:
             _say_continued(job, console, quiet)
-            progress, stopped_by = _run(job, engine, names, console, quiet)
+            progress, stopped_by = _run(
+                job, engine, names, scheduling_policy or DEFAULT_POLICY, console, quiet
+            )
             if stopped_by:
                 raise typer.Exit(_explain_stop(console, progress, output_path, stopped_by))
         if not quiet:
@@ -133,13 +150,14 @@ def _facts(engine: EngineOptions) -> dict[str, str]:
 
 
 def _run(
-    job: Job, engine: EngineOptions, names: ModelNames, console: Console, quiet: bool
+    job: Job, engine: EngineOptions, names: ModelNames, policy: str, console: Console, quiet: bool
 ) -> tuple[Progress, int | None]:
     """Load the model and run; returns the progress and the signal that stopped it, if one did."""
     from polybatch.cli.engines import open_core
 
-    with open_core(engine, console, quiet) as core:
-        runner = Runner(job, core, names, window=LOOK_AHEAD * engine.max_num_seqs)
+    window = PLANNED if policy_named(policy).is_planning else Window(LOOK_AHEAD * engine.max_num_seqs)
+    with open_core(engine, console, quiet, policy=policy) as core:
+        runner = Runner(job, core, names, window)
         with ProgressDisplay(console, quiet) as display, _stop_signals() as received:
             runner.run(should_stop=lambda: bool(received), report=display)
     unfinished = runner.progress.done < runner.progress.total

@@ -14,10 +14,12 @@ from polybatch.models.builtin import cache_dir
 
 
 @contextmanager
-def open_core(options: EngineOptions, console: Console, quiet: bool) -> Iterator[EngineCore]:
+def open_core(
+    options: EngineOptions, console: Console, quiet: bool, *, policy: str = "fcfs"
+) -> Iterator[EngineCore]:
     """The engine's core, closed on the way out. Raises ConfigError, ModelError or AdapterError."""
     if stub.is_stub(options.chosen_model()):
-        yield stub_core(options)
+        yield stub_core(options, policy)
         return
     from polybatch.engine.llm import LLM
 
@@ -25,11 +27,12 @@ def open_core(options: EngineOptions, console: Console, quiet: bool) -> Iterator
         console.print(f"loading {options.chosen_model()}", markup=False, highlight=False)
         if not (cache_dir() / "kernels").is_dir():
             console.print("compiling kernels for this processor, which takes a while only this once")
-    with closing(LLM(options.chosen_model(), options.adapters(), **options.engine_settings())) as llm:
+    settings = options.engine_settings() | {"policy": policy}
+    with closing(LLM(options.chosen_model(), options.adapters(), **settings)) as llm:
         yield llm.core
 
 
-def stub_core(options: EngineOptions) -> EngineCore:
+def stub_core(options: EngineOptions, policy: str = "fcfs") -> EngineCore:
     """The stub as the flags describe it; those of a real model mean nothing to it."""
     return stub.stub_core(
         options.chosen_model(),
@@ -38,5 +41,6 @@ def stub_core(options: EngineOptions) -> EngineCore:
         max_num_batched_tokens=options.max_num_batched_tokens,
         max_model_len=options.max_model_len,
         enable_prefix_caching=options.enable_prefix_caching,
+        policy=policy,
         seed=options.seed,
     )

@@ -28,6 +28,7 @@ from polybatch.execution.executor import PackingExecutor
 from polybatch.mixture import AdapterChoice, Mixture, choice_of, is_pairs
 from polybatch.models.loader import load_model
 from polybatch.request import AdapterRef, Request, RequestOutput, SamplingParams
+from polybatch.scheduling.policies import BATCH_PRIORITY
 from polybatch.scheduling.scheduler import Scheduler
 
 logger = logging.getLogger("polybatch.engine")
@@ -140,6 +141,7 @@ class LLM:
         prompts: a text, a list of token ids, or a list of either.
         sampling_params, adapter, priority: one for all prompts or one for each. An adapter is a name, None
             for the base model, or a mixture: [("a", 0.7), ("b", 0.3)]. progress: show a bar.
+        With policy "prefix_groups" several prompts are a job: planned as a whole, after what streams.
         Raises RequestError, before anything runs, that says which of several prompts is at fault.
         EngineError if a step fails. Nothing stays in the engine then, nor after an interrupt.
         """
@@ -228,6 +230,8 @@ class LLM:
         params = _spread("sampling_params", sampling_params, len(prompts), (SamplingParams, type(None)))
         adapters = _spread("adapter", _choices(adapter), len(prompts), (str, Mixture, type(None)))
         priorities = _spread("priority", priority, len(prompts), (int,))
+        if len(prompts) > 1 and self.core.scheduler.is_planning:
+            priorities = [BATCH_PRIORITY] * len(prompts)
         requests = []
         for index, prompt in enumerate(prompts):
             with _naming(index, len(prompts)):

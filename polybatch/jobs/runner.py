@@ -2,8 +2,9 @@
 
     pending lines -> parse -> engine (window) -> finished rows -> output -> journal
 
-Memory depends on the window, not on the length of the file. Results reach the operating system
-after every step; output and journal are synced at most once a second or every 1,000 rows.
+Memory depends on the window, not on the length of the file; a policy that plans, plans what is in it.
+Results reach the operating system after every step; output and journal are synced at most once a second or
+every 1,000 rows.
 Every line ends as a result or as an error line; a line that fails takes no other with it. Where a whole
 step fails, its rows are run again one by one: what fails alone becomes an error line, unless row after
 row fails, which is the machine's fault and ends the run with these rows still to do.
@@ -25,6 +26,7 @@ from polybatch.jobs.responses import response_body
 from polybatch.jobs.results import SYNC_ROWS, Progress, ResultWriter
 from polybatch.jobs.schema import Call
 from polybatch.request import FinishReason, RequestOutput, SamplingParams
+from polybatch.scheduling.policies import BATCH_PRIORITY
 
 MAX_FAILED_STEPS = 3
 """Rows that fail alone, one right after the other, before the engine is held to be broken."""
@@ -39,7 +41,13 @@ class BatchEngine(Protocol):
         ...
 
     def add_request(
-        self, request_id: str, prompt: str | Sequence[int], params: SamplingParams, adapter: str | None
+        self,
+        request_id: str,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        adapter: str | None,
+        *,
+        priority: int,
     ) -> None:
         """Queue a request. Raises RequestError if it can never run."""
         ...
@@ -82,6 +90,21 @@ class ModelNames:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What may be in the engine before no further row is submitted: completions, and bytes of their lines.
+
+    Waiting ones are included. A byte of text is a quarter of a token or so, and a token takes some 60 bytes.
+    """
+
+    max_completions: int
+    max_bytes: int = 16 << 20
+
+
+PLANNED = Window(max_completions=32_768)
+"""Enough for a plan to find what belongs together, in half a gibibyte or so."""
+
+
 @dataclass(slots=True)
 class _Row:
     line: Line
@@ -93,8 +116,6 @@ class _Row:
 class Runner:
     """One run over the rows of a job that lack a result.
 
-    window: no further row is submitted while so many completions are in the engine, waiting ones
-    included.
     clock: seconds, monotonic; for progress and the sync interval only.
     """
 
@@ -103,13 +124,14 @@ class Runner:
         job: Job,
         engine: BatchEngine,
         names: ModelNames,
-        window: int,
+        window: Window,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._job, self._engine, self._names = job, engine, names
         self._window = window
         self._rows: dict[str, _Row] = {}
-        self._in_flight = 0
+        self._num_completions = self._num_bytes = 0
+        self._should_stop: Callable[[], bool] = lambda: False
         self._suspects: deque[Line] = deque()
         self._failed_alone: list[tuple[Line, EngineError]] = []
         self._results = ResultWriter(job, clock)
@@ -125,6 +147,7 @@ class Runner:
         Returns whether the job is complete. What finished is synced on every way out.
         """
         lines = self._job.pending_lines()
+        self._should_stop = should_stop
         try:
             while not should_stop():
                 is_read = not self._fill(lines)
@@ -157,7 +180,7 @@ class Runner:
         self._engine.drain()
         rows = {row.line.number: row for row in self._rows.values()}
         self._rows.clear()
-        self._in_flight = 0
+        self._num_completions = self._num_bytes = 0
         if len(rows) > 1:
             self._suspects.extend(row.line for row in rows.values())
             return
@@ -178,7 +201,12 @@ class Runner:
                 self._submit(self._suspects.popleft())
             return True
         # A file of nothing but bad lines must not pile up its error lines here.
-        while self._in_flight < self._window and self._results.num_unwritten < SYNC_ROWS:
+        while (
+            self._num_completions < self._window.max_completions
+            and self._num_bytes < self._window.max_bytes
+            and self._results.num_unwritten < SYNC_ROWS
+            and not self._should_stop()
+        ):
             line = next(lines, None)
             if line is None:
                 return False
@@ -202,7 +230,7 @@ class Runner:
             for k, prompt in enumerate(prompts):
                 request_id = f"{line.number}.{k}"
                 params = self._seeded(call.params, request_id)
-                self._engine.add_request(request_id, prompt, params, adapter)
+                self._engine.add_request(request_id, prompt, params, adapter, priority=BATCH_PRIORITY)
                 row.request_ids.append(request_id)
         except RequestError as error:
             for request_id in row.request_ids:
@@ -210,7 +238,8 @@ class Runner:
             self._results.fail(line, 400, "invalid_request", error)
             return
         self._rows.update(dict.fromkeys(row.request_ids, row))
-        self._in_flight += call.num_sequences
+        self._num_completions += call.num_sequences
+        self._num_bytes += len(line.data or b"")
 
     def _seeded(self, params: SamplingParams, request_id: str) -> SamplingParams:
         """A row without a seed gets one from the job and its line, so that resuming changes no answer."""
@@ -232,7 +261,8 @@ class Runner:
             del self._rows[request_id]
             if failure is not None and request_id not in row.outputs and request_id != output.request_id:
                 self._engine.abort(request_id)
-        self._in_flight -= row.call.num_sequences
+        self._num_completions -= row.call.num_sequences
+        self._num_bytes -= len(row.line.data or b"")
         if failure is not None:
             self._results.fail(row.line, 500, "engine_error", RequestError(failure))
         else:

@@ -70,6 +70,11 @@ class Scheduler:
         """Its pages, to be looked at only."""
         return self._arena
 
+    @property
+    def is_planning(self) -> bool:
+        """Whether rows of batches are worth having all at once; see `Policy`."""
+        return self._policy.is_planning
+
     def live(self) -> Iterable[Sequence]:
         """All sequences that wait or run, in the order they came."""
         return self._tracks.track_of.keys()

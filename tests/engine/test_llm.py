@@ -152,3 +152,35 @@ def test_progress_shows_a_bar_and_changes_nothing() -> None:
         make_llm().generate("x", GREEDY, progress=True)[0].outputs
         == make_llm().generate("x", GREEDY)[0].outputs
     )
+
+
+def grouped_prompts() -> list[list[int]]:
+    prompts = [[group] * 9 + [group, row, row + 1] for row in range(5) for group in range(4)]
+    return [*prompts, [9], [1] * 9]
+
+
+@pytest.mark.parametrize("num_pages", [16, 400])
+def test_a_list_planned_as_a_job_gives_the_same_outputs_and_computes_no_more(num_pages: int) -> None:
+    """The stub's logits hash the whole history of each token out of the pages."""
+    params = [SamplingParams(max_tokens=3 + i % 9, seed=i, ignore_eos=True) for i in range(22)]
+    adapter = [None, None, "a", "b"] * 5 + [None, "a"]
+    results, computed = [], []
+    for policy in ("prefix_groups", "fcfs"):
+        llm = make_llm(num_pages=num_pages, policy=policy, adapters=["a", "b"], max_num_seqs=6)
+        results.append([o.outputs[0].token_ids for o in llm.generate(grouped_prompts(), params, adapter)])
+        computed.append(llm.stats().scheduler.num_prefill_tokens)
+        assert is_idle(llm)
+    assert results[0] == results[1]
+    assert computed[0] < computed[1] or (num_pages == 400 and computed[0] == computed[1])
+
+
+def test_a_stream_goes_before_a_list_that_is_planned() -> None:
+    llm = make_llm(policy="prefix_groups", max_num_seqs=2)
+    order: list[str] = []
+    for output in llm.stream([5, 6], SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)):
+        if not order:
+            outputs = llm.generate([[1, 2], [3, 4], [5, 6]], GREEDY)
+            order = ["stream", "list"]
+        last = output
+    assert all(len(o.outputs[0].token_ids) == 6 for o in outputs)
+    assert len(last.outputs[0].token_ids) == 20

@@ -101,3 +101,20 @@ def test_a_second_look_at_a_prompt_comes_from_the_cache(llm: LLM) -> None:
     second = llm.generate(prompt, GREEDY)[0]
     assert second.num_cached_tokens >= len(first.prompt_token_ids) // 16 * 16 - 16
     assert second.outputs == first.outputs
+
+
+def test_a_planned_job_has_the_same_bits_as_rows_alone(real_model: Path) -> None:
+    prefixes = ["A long time ago in a village far from here there lived", "The rules of the game are simple:"]
+    prompts = [
+        f"{prefixes[i % 2]} {word}" for i, word in enumerate(["one", "two", "three", "four", "five", "six"])
+    ]
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=1)
+    found = []
+    for policy in ("prefix_groups", "fcfs"):
+        with LLM(
+            str(real_model), dtype="float32", max_model_len=96, memory=12 * 737_280, max_num_seqs=4,
+            threads=1, policy=policy,
+        ) as llm:  # fmt: skip
+            outputs = llm.generate(prompts, params)
+            found.append([(o.outputs[0].token_ids, o.outputs[0].logprobs) for o in outputs])
+    assert found[0] == found[1]

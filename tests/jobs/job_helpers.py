@@ -12,8 +12,9 @@ from typing import Any
 
 from polybatch.errors import RequestError
 from polybatch.jobs.job import open_job
-from polybatch.jobs.runner import ModelNames, Runner
+from polybatch.jobs.runner import ModelNames, Runner, Window
 from polybatch.request import CompletionOutput, FinishReason, RequestOutput, SamplingParams
+from polybatch.scheduling.policies import BATCH_PRIORITY
 
 NAMES = ModelNames(base=("base",), adapters=("a", "b"))
 FACTS = {"model": "echo"}
@@ -36,8 +37,15 @@ class EchoEngine:
         return list(json.dumps(messages).encode())
 
     def add_request(
-        self, request_id: str, prompt: str | Sequence[int], params: SamplingParams, adapter: str | None
+        self,
+        request_id: str,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        adapter: str | None,
+        *,
+        priority: int,
     ) -> None:
+        assert priority == BATCH_PRIORITY
         ids = list(prompt.encode()) if isinstance(prompt, str) else list(prompt)
         if len(ids) > MAX_PROMPT:
             raise RequestError(f"prompt has {len(ids)} tokens, max_model_len is {MAX_PROMPT}: shorten it")
@@ -107,7 +115,7 @@ def run_job(
     facts = options.pop("facts", FACTS)
     job = open_job(source, out, facts, **options)
     try:
-        runner = Runner(job, engine or EchoEngine(), NAMES, window)
+        runner = Runner(job, engine or EchoEngine(), NAMES, Window(window))
         assert runner.run()
         return runner
     finally:

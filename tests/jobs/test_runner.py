@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from job_helpers import NAMES, EchoEngine, answer, completion_line, read_output, run_job, write_input
+from job_helpers import FACTS, NAMES, EchoEngine, answer, completion_line, read_output, run_job, write_input
 
 from polybatch.errors import ConfigError, EngineError
 from polybatch.jobs.job import open_job
-from polybatch.jobs.runner import Runner
+from polybatch.jobs.runner import Runner, Window
 from polybatch.request import RequestOutput
 
 
@@ -133,7 +133,7 @@ def test_a_stopped_job_keeps_what_finished_and_continues(tmp_path: Path) -> None
     job = open_job(source, out, {"model": "echo"})
     engine = EchoEngine()
     steps = iter(range(5))
-    runner = Runner(job, engine, NAMES, 16)
+    runner = Runner(job, engine, NAMES, Window(16))
     assert not runner.run(should_stop=lambda: next(steps, None) is None)
     job.close()
     assert not engine.has_work()
@@ -216,3 +216,31 @@ def test_progress_counts_rows_and_tokens(tmp_path: Path) -> None:
     assert (progress.prompt_tokens, progress.output_tokens, progress.cached_tokens) == (8, 16, 2)
     assert progress.hit_rate == 0.25
     assert progress.rows_by_model == {"base": 1, "b": 1}
+
+
+def test_lines_in_the_engine_are_bounded_in_bytes_too(tmp_path: Path) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(completion_line(f"{i}", f"{i}" * 200) for i in range(10, 40)))
+    longest = max(map(len, source.read_bytes().splitlines()))
+    engine = EchoEngine(max_num_seqs=2)
+    job = open_job(source, out, FACTS)
+    try:
+        assert Runner(job, engine, NAMES, Window(1000, max_bytes=4 * longest)).run()
+    finally:
+        job.close()
+    assert 2 <= engine.peak_requests <= 5
+    assert len(read_output(out)) == 30
+
+
+def test_stopping_while_rows_are_read_submits_no_more(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    write_input(source, 100)
+    engine = EchoEngine()
+    job = open_job(source, tmp_path / "out.jsonl", FACTS)
+    try:
+        runner = Runner(job, engine, NAMES, Window(1000))
+        assert not runner.run(should_stop=lambda: len(engine.submitted) >= 10)
+    finally:
+        job.close()
+    assert len(engine.submitted) == 10
+    assert not engine.waiting

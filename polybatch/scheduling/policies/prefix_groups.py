@@ -33,6 +33,7 @@ class PrefixGroups(Policy):
     """Rows of batches in groups by prefix; live requests first come, first served, before them."""
 
     summary: ClassVar[str] = "rows of batches by common prefixes, decode-heavy groups first"
+    is_planning: ClassVar[bool] = True
 
     def __init__(self, config: SchedulerConfig, arena: Arena, costs: StepCosts | None = None) -> None:
         super().__init__(config, arena, costs)
