@@ -99,10 +99,8 @@ def run(port: int, requests: Sequence[bytes], concurrency: int) -> Load:
                 selector.register(sock, selectors.EVENT_READ, _send(sock, next(todo)))
             while selector.get_map():
                 for key, _ in selector.select(60):
-                    sock, stream = key.fileobj, key.data
-                    assert isinstance(sock, socket.socket)
-                    piece = sock.recv(RECEIVE_BYTES)
-                    if not _take(stream, piece, time.perf_counter()):
+                    sock, stream = _socket(key), key.data
+                    if not _take(stream, sock.recv(RECEIVE_BYTES), time.perf_counter()):
                         continue
                     finished.append(stream)
                     following = next(todo, None)
@@ -117,6 +115,43 @@ def run(port: int, requests: Sequence[bytes], concurrency: int) -> Load:
     for stream in finished:
         _settle(stream)
     return Load(total_s, time.process_time() - started_cpu, finished)
+
+
+def replay(port: int, arrivals: Sequence[tuple[float, bytes]]) -> Load:
+    """Send requests at their times, in seconds from the start, whatever is still under way (an open loop).
+
+    Raises LoadFailedError for any answer but a whole stream.
+    """
+    todo = list(reversed(arrivals))
+    idle: list[socket.socket] = []
+    finished: list[Stream] = []
+    started_cpu, started_s = time.process_time(), time.perf_counter()
+    with selectors.DefaultSelector() as selector:
+        try:
+            while todo or selector.get_map():
+                now = time.perf_counter() - started_s
+                while todo and todo[-1][0] <= now:
+                    sock = idle.pop() if idle else socket.create_connection(("127.0.0.1", port))
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    selector.register(sock, selectors.EVENT_READ, _send(sock, Stream(todo.pop()[1])))
+                for key, _ in selector.select(max(0.0, todo[-1][0] - now) if todo else 60):
+                    sock, stream = _socket(key), key.data
+                    if _take(stream, sock.recv(RECEIVE_BYTES), time.perf_counter()):
+                        finished.append(stream)
+                        selector.unregister(sock)
+                        idle.append(sock)
+            total_s = time.perf_counter() - started_s
+        finally:
+            for sock in [*idle, *map(_socket, selector.get_map().values())]:
+                sock.close()
+    for stream in finished:
+        _settle(stream)
+    return Load(total_s, time.process_time() - started_cpu, finished)
+
+
+def _socket(key: selectors.SelectorKey) -> socket.socket:
+    assert isinstance(key.fileobj, socket.socket)
+    return key.fileobj
 
 
 def _send(sock: socket.socket, stream: Stream) -> Stream:

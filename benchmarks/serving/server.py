@@ -31,10 +31,15 @@ class ServerFailedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Of one process: processor seconds so far, resident memory in MiB."""
+    """Of one process: processor seconds so far, memory of its own in MiB, open files, threads.
+
+    Of resident memory without pages of files, which the kernel drops and reads again as it likes.
+    """
 
     processor_s: float
-    rss_mib: float
+    own_mib: float
+    num_files: int
+    num_threads: int
 
 
 def read_process(pid: int) -> Reading:
@@ -42,11 +47,12 @@ def read_process(pid: int) -> Reading:
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         status = Path(f"/proc/{pid}/status").read_text()
+        num_files = len(os.listdir(f"/proc/{pid}/fd"))
     except OSError as error:
         raise ServerFailedError(f"process {pid} is gone: {error}") from error
-    resident = re.search(r"VmRSS:\s+(\d+) kB", status)
-    rss_mib = 0.0 if resident is None else int(resident[1]) / 1024
-    return Reading((int(fields[11]) + int(fields[12])) / JIFFIES_PER_S, rss_mib)
+    kinds = re.findall(r"Rss(?:Anon|Shmem):\s+(\d+) kB", status)
+    processor_s = (int(fields[11]) + int(fields[12])) / JIFFIES_PER_S
+    return Reading(processor_s, sum(map(int, kinds)) / 1024, num_files, int(fields[17]))
 
 
 def _children(pid: int) -> list[int]:
@@ -63,12 +69,14 @@ def _free_port() -> int:
 
 class ServerProcess:
     """A context manager. arguments: of `polybatch serve`, without host and port. log: its output goes there.
+    key: sent as a Bearer token where the server wants one.
 
     Reads /proc, so it needs Linux.
     """
 
-    def __init__(self, arguments: Sequence[str], log: Path) -> None:
+    def __init__(self, arguments: Sequence[str], log: Path, *, key: str | None = None) -> None:
         self.arguments, self.log = list(arguments), log
+        self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self.port = _free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -105,7 +113,13 @@ class ServerProcess:
 
     def last_words(self) -> str:
         lines = self.log.read_text(errors="replace").strip().splitlines()
-        return f"last line of its log: {lines[-1]}" if lines else "its log is empty"
+        return f"its log ends with: {' | '.join(lines[-3:])}" if lines else "its log is empty"
+
+    @property
+    def other_pids(self) -> list[int]:
+        """Of what the HTTP process started besides the engine: the process that tries out forms."""
+        engine = self.engine_pid
+        return [pid for pid in _children(self.front_pid) if pid != engine]
 
     @property
     def url(self) -> str:
@@ -130,7 +144,7 @@ class ServerProcess:
         """Status and body."""
         connection = http.client.HTTPConnection(HOST, self.port, timeout=timeout_s)
         try:
-            connection.request("GET", path)
+            connection.request("GET", path, headers=self._headers)
             response = connection.getresponse()
             return response.status, response.read().decode()
         finally:
@@ -155,8 +169,8 @@ class ServerProcess:
                 kind: int(metrics[f'polybatch_pages{{kind="{kind}"}}'])
                 for kind in ("free", "kv", "cached", "adapter")
             },
-            "front_mib": round(read_process(self.front_pid).rss_mib, 1),
-            "engine_mib": round(read_process(self.engine_pid).rss_mib, 1),
+            "front_mib": round(read_process(self.front_pid).own_mib, 1),
+            "engine_mib": round(read_process(self.engine_pid).own_mib, 1),
         }
 
     def wait_level(self, timeout_s: float = 60.0) -> dict[str, Any]:
