@@ -144,7 +144,7 @@ def calibrate(
         raise ConfigError("the engine has requests: calibrate it before it serves any")
     bench = _StepBench(llm, max_rows)
     fitted = designs(bench.room) + mixed_designs(bench.room, NUM_MIXED, FIT_SEED)
-    held_out = mixed_designs(bench.room, NUM_HELD_OUT, TEST_SEED)
+    held_out = mixed_designs(bench.room, NUM_HELD_OUT, TEST_SEED, apart_from=fitted)
     try:
         measured = bench.measure([*fitted, *held_out], budget_s, progress)
     finally:
@@ -164,10 +164,11 @@ class _StepBench:
             raise ConfigError("this engine was put together without an adapter store")
         self._executor, self._store = executor, store
         self._page_size = executor.pool.page_size
+        self._num_ids = min(1000, executor.spec.vocab_size - 1)
         is_cpu = config.device == "cpu"
         limits = config.scheduler
         given = store.list()[:MAX_GIVEN]
-        num_adapters = 2 if is_cpu else 8
+        num_adapters = 2 if is_cpu else 4
         self._random = self._register(_RandomAdapters(executor.spec), num_adapters)
         self._adapters = self._random | {(GIVEN, i): ref for i, ref in enumerate(given)}
         num_pages = executor.pool.num_pages
@@ -205,6 +206,8 @@ class _StepBench:
         visits: list[list[_Visit]] = [[] for _ in steps]
         todo = list(range(len(steps)))
         rng = random.Random(0)
+        for key in self._adapters:
+            self._visit(DesignedStep((1,), loads=(key,)), 1)
         began = time.perf_counter()
         for round_ in range(MAX_ROUNDS + 1):
             rng.shuffle(todo)
@@ -256,7 +259,7 @@ class _StepBench:
             count = -(-(start + n_new) // size) - len(own)
             seq.pages = own + list(range(at, at + count))
             at += count
-            seq.tokens = [1 + (i + j) % 100 for j in range(start + n_new)]
+            seq.tokens = [1 + (i + j) % self._num_ids for j in range(start + n_new)]
             seq.num_prompt = start if n_new == 1 else start + n_new
             ref = self._ref(step.adapters[i % len(step.adapters)]) if step.adapters else None
             seq.adapter = ref

@@ -9,7 +9,7 @@ anything.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from polybatch.config import PoolSpec, SchedulerConfig
@@ -134,13 +134,15 @@ def _adapter_designs(num: int) -> Iterator[DesignedStep]:
     yield DesignedStep((256,) * 4, ((0, 256),), loads=((16, 0), (32, 0)))
 
 
-def mixed_designs(room: Room, count: int, seed: int) -> list[DesignedStep]:
-    """Random steps of decodes and prefills of all lengths, half of them with adapters."""
+def mixed_designs(
+    room: Room, count: int, seed: int, apart_from: Collection[DesignedStep] = ()
+) -> list[DesignedStep]:
+    """Random steps, decodes and prefills of all lengths, half with adapters; none of `apart_from`."""
     rng = random.Random(seed)
     found: list[DesignedStep] = []
     while len(found) < count:
         step = _random_step(rng, room)
-        if room.holds(step) and step.num_rows:
+        if room.holds(step) and step not in apart_from:
             found.append(step)
     return found
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from polybatch.errors import ConfigError
-from polybatch.scheduling.costs import COEFFICIENTS, CostModel
+from polybatch.scheduling.costs import COEFFICIENTS, CostModel, StepShape
 
 FORMAT = 1
 MAX_FILE_BYTES = 1 << 20
@@ -92,6 +92,11 @@ class CostProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         return CostModel(**self.coefficients, hinge=self.hinge, row_sizes=self.row_sizes)
 
 
+_LEAST_STEPS = (
+    StepShape(num_tokens=1, num_decodes=1, decode_context=1, num_logits=1),
+    StepShape(num_tokens=2, num_prefill_tokens=2, num_prefills=1, prefill_pairs=3, prefill_context=2),
+)
+
 _decoder = msgspec.json.Decoder(CostProfile)
 
 
@@ -120,8 +125,8 @@ def parse_profile(data: bytes, source: str) -> CostProfile:
     sizes = profile.row_sizes
     if profile.hinge < 0 or any(a >= b for a, b in zip((0, *sizes), sizes, strict=False)):
         raise ConfigError(f"{source}: hinge must be 0 or more and row_sizes ascend from 1; {way_out}")
-    if not profile.coefficients["base"] and not profile.coefficients["per_token"]:
-        raise ConfigError(f"{source}: base and per_token are both 0, so steps would cost nothing; {way_out}")
+    if min(map(profile.model.predict, _LEAST_STEPS)) <= 0:
+        raise ConfigError(f"{source}: by its coefficients some steps cost nothing; {way_out}")
     return profile
 
 

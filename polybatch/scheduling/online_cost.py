@@ -48,6 +48,8 @@ class OnlineCost:
         self.factors = {"decode": 1.0, "mixed": 1.0}
         self.num_observed = 0
         self._num_of = {"decode": 0, "mixed": 0}
+        self._least_s = 0.0
+        """What a model that was learned may not go below, for steps unlike all that it has seen."""
         self._seen: deque[Sample] = deque(maxlen=MAX_REMEMBERED)
 
     @property
@@ -57,7 +59,7 @@ class OnlineCost:
 
     def predict(self, shape: StepShape) -> float:
         """Seconds of a step of this shape."""
-        return self.model.predict(shape) * self.factors[class_of(shape)]
+        return max(self._least_s, self.model.predict(shape)) * self.factors[class_of(shape)]
 
     def observe(self, shape: StepShape, seconds: float) -> None:
         """A step of this shape took so long."""
@@ -72,7 +74,7 @@ class OnlineCost:
         kind = class_of(shape)
         factor, count = self.factors[kind], self._num_of[kind]
         self._num_of[kind] = count + 1
-        ratio = seconds / (self.model.predict(shape) * factor)
+        ratio = seconds / self.predict(shape)
         # The first steps say most of how the machine is today.
         gain = max(GAIN, 0.5 / (count + 1))
         factor *= min(MAX_RATIO, max(1 / MAX_RATIO, ratio)) ** gain
@@ -83,5 +85,6 @@ class OnlineCost:
             scale = quantile([sample.seconds / PRIOR.predict(sample.shape) for sample in self._seen], 0.5)
             self.factors = dict.fromkeys(self.factors, scale)
             return
+        self._least_s = 0.5 * min(sample.seconds for sample in self._seen)
         self.model = fit(list(self._seen), hinges=())
         self.factors = dict.fromkeys(self.factors, 1.0)

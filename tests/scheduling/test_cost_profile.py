@@ -68,7 +68,7 @@ def test_a_profile_comes_back_as_it_was_kept(tmp_path: Path) -> None:
         (content(coefficients={"base": 1.0}), "per_token"),
         (content(coefficients=profile().coefficients | {"extra": 1.0}), "extra"),
         (content(coefficients=profile().coefficients | {"per_pair": -1.0}), "per_pair"),
-        (content(coefficients=dict.fromkeys(COEFFICIENTS, 0.0)), "base"),
+        (content(coefficients=dict.fromkeys(COEFFICIENTS, 0.0)), "cost nothing"),
         (content(pool={"num_pages": 1}), "page_size"),
     ],
 )

@@ -75,6 +75,15 @@ def test_without_calibration_a_model_is_learned_from_steps() -> None:
     assert quantile(errors, 0.9) < 0.2
 
 
+def test_a_step_unlike_all_that_were_seen_still_takes_time() -> None:
+    costs = OnlineCost()
+    for _ in range(2 * MIN_FITTED):
+        costs.observe(DECODE, 0.01)
+    prefill = StepShape(num_tokens=2, num_prefill_tokens=2, num_prefills=1)
+    assert costs.predict(prefill) > 0.001
+    costs.observe(prefill, 0.02)
+
+
 def test_it_is_ready_when_it_was_calibrated_or_has_seen_enough() -> None:
     assert OnlineCost(TRUTH).is_ready
     costs = OnlineCost()
