@@ -116,6 +116,7 @@ DTYPES = ("float32", "bfloat16")
 QUANTIZATIONS = (None, "int8", "int4")
 """What the CPU's executors know."""
 
+CUDA_DTYPES = (*DTYPES, "float16")
 CUDA_QUANTIZATIONS = (None, "int4", "int4-channel", "fp8")
 
 

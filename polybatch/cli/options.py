@@ -44,7 +44,9 @@ class EngineOptions:
             help="A PEFT adapter folder and the name that requests use; repeat for more.",
         ),
     ] = None  # fmt: skip
-    dtype: Annotated[str, typer.Option(rich_help_panel=_PANEL, help="auto, bfloat16 or float32.")] = "auto"
+    dtype: Annotated[
+        str, typer.Option(rich_help_panel=_PANEL, help="auto, bfloat16, float32 or (CUDA) float16.")
+    ] = "auto"
     quantization: Annotated[
         str | None,
         typer.Option(

@@ -12,7 +12,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from polybatch.config import CUDA_QUANTIZATIONS, DTYPES, QUANTIZATIONS, ModelSpec, PoolSpec, SchedulerConfig
+from polybatch.config import (
+    CUDA_DTYPES,
+    CUDA_QUANTIZATIONS,
+    DTYPES,
+    QUANTIZATIONS,
+    ModelSpec,
+    PoolSpec,
+    SchedulerConfig,
+)
 from polybatch.errors import ConfigError
 
 PAGE_SIZE = 16
@@ -43,8 +51,8 @@ _UNITS = {"B": 1} | {
 class EngineConfig:
     """Settings of an engine as the user wrote them.
 
-    dtype: of activations and KV: "auto", "float32" or "bfloat16". device: "auto" (a GPU if there is one),
-        "cpu", "cuda" or "cuda:N".
+    dtype: of activations and KV: "auto", "float32", "bfloat16" or, on CUDA, "float16".
+    device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
     quantization: of the linear weights: None; on the CPU "int8" or "int4", on CUDA "int4" (groups of 128
         inputs), "int4-channel" (a scale per output) or "fp8".
     max_model_len: prompt + output in tokens; None is the model's own limit, or what memory holds.
@@ -75,7 +83,7 @@ class EngineConfig:
     tensor_parallel_size: int = 1
 
     def __post_init__(self) -> None:
-        _check_choice("dtype", self.dtype, ("auto", *DTYPES))
+        _check_choice("dtype", self.dtype, ("auto", *CUDA_DTYPES))
         _check_choice("executor", self.executor, ("auto", "cpu", "cuda", "eager"))
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ConfigError(f"device is {self.device!r}; it must be auto, cpu, cuda or cuda:N")
@@ -141,6 +149,11 @@ def resolve(
         )
     wanted_len = config.max_model_len or spec.max_position
     executor = executor_name(config)
+    if executor != "cuda" and config.dtype not in ("auto", *DTYPES):
+        raise ConfigError(
+            f"dtype is {config.dtype!r}; the {executor} executor knows {', '.join(DTYPES)}: use one of these "
+            "or device 'cuda'"
+        )
     known = CUDA_QUANTIZATIONS if executor == "cuda" else QUANTIZATIONS
     if config.quantization not in known:
         raise ConfigError(

@@ -20,7 +20,7 @@ from collections.abc import Sequence as SequenceOf
 import torch
 
 from polybatch.adapters.weights import AdapterWeights
-from polybatch.config import DTYPES, ModelSpec, PoolSpec
+from polybatch.config import CUDA_DTYPES, ModelSpec, PoolSpec
 from polybatch.errors import ConfigError, EngineError
 from polybatch.execution.cuda_adapters import CudaAdapters
 from polybatch.execution.cuda_graphs import GraphLadder, Variant
@@ -91,8 +91,8 @@ class CudaExecutor:
         ranks: Ranks = ALONE,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
-        if dtype not in DTYPES:
-            raise ConfigError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+        if dtype not in CUDA_DTYPES:
+            raise ConfigError(f"dtype is {dtype!r}; it must be one of {', '.join(CUDA_DTYPES)}")
         if page_size != PAGE_TOKENS:
             raise ConfigError(f"page_size is {page_size}; the GPU's kernels take {PAGE_TOKENS}")
         if threads is not None and device == "cpu":

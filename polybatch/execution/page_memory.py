@@ -9,7 +9,7 @@ import torch
 
 from polybatch.config import ModelSpec, PoolSpec
 
-TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ALIGNMENT_BYTES = 64
 
 

@@ -49,6 +49,12 @@ def test_max_model_len_beyond_the_model_is_refused() -> None:
         resolved(max_model_len=2**20 + 1)
 
 
+def test_float16_is_for_the_gpu() -> None:
+    assert resolved(dtype="float16", device="cuda").dtype == "float16"
+    with pytest.raises(ConfigError, match="the cpu executor knows float32, bfloat16: use one of"):
+        resolved(dtype="float16", device="cpu")
+
+
 def test_a_quantization_that_the_executor_lacks_is_refused() -> None:
     with pytest.raises(ConfigError, match="the cpu executor knows None, 'int8', 'int4'"):
         resolved(quantization="fp8")
@@ -80,7 +86,7 @@ def test_auto_means_bfloat16_on_the_compiled_cpu_executor() -> None:
     [
         ({"device": "tpu"}, "auto, cpu, cuda"),
         ({"device": "cuda:0", "executor": "cpu"}, "leave one of them out"),
-        ({"dtype": "float16"}, "'bfloat16'"),
+        ({"dtype": "float8"}, "'bfloat16'"),
         ({"quantization": "int2"}, "'int8', 'int4'"),
         ({"executor": "gpu"}, "'eager'"),
         ({"seed": "x"}, "integer"),

@@ -53,6 +53,19 @@ def test_a_mixed_batch_of_adapters_and_phases_gives_the_reference_logits(weights
         torch.testing.assert_close(got.cpu(), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_float16_gives_the_reference_logits_up_to_its_rounding(weights: HFWeights) -> None:
+    adapter = random_adapter(weights.spec, {"q_proj": 3, "down_proj": 5}, seed=1, dense=True)
+    prompts = [random_tokens(19, seed=1), random_tokens(7, seed=2)]
+    found = []
+    for executor in (EagerExecutor(weights, **LIMITS), cuda(weights, dtype="float16", max_num_logits=64)):
+        driver = Driver(executor)
+        seqs = [driver.add(p, a) for p, a in zip(prompts, (None, adapter), strict=True)]
+        found.append(driver.run(seqs, [[8, 6], [11, 1]]))
+    for expected, got in zip(*found, strict=True):
+        error = (got.cpu().float() - expected).norm() / expected.norm()
+        assert 0 < float(error) < 5e-3
+
+
 def test_a_prefix_that_sequences_share_is_attended_once_with_the_same_result(weights: HFWeights) -> None:
     prefix, tails = random_tokens(128, seed=5), [random_tokens(4, seed=6 + i) for i in range(3)]
     found = []
