@@ -20,6 +20,7 @@ from polybatch.errors import ConfigError
 from polybatch.jobs.job import Job, open_job, weights_fingerprint
 from polybatch.jobs.results import Progress
 from polybatch.jobs.runner import PLANNED, ModelNames, Runner, Window
+from polybatch.jobs.tools.styles import check_style
 from polybatch.scheduling.policies import POLICIES, policy_named
 
 _SERVER = "Through a server"
@@ -72,6 +73,12 @@ def batch(
             + "; ".join(f"{name}: {policy.summary}" for name, policy in POLICIES.items())
         ),
     ] = None,
+    tool_call_parser: Annotated[
+        str | None,
+        typer.Option(
+            help="How the model writes tool calls: hermes, llama3_json or mistral. Default: by its template."
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")] = False,
 ) -> None:
     """Run every request of a file and write every answer.
@@ -96,6 +103,8 @@ def batch(
             raise ConfigError("--served-model-name is the server's to choose: leave it out beside --server")
         if scheduling_policy:
             raise ConfigError("--scheduling-policy is the server's to choose: leave it out beside --server")
+        if tool_call_parser:
+            raise ConfigError("--tool-call-parser is the server's to choose: leave it out beside --server")
         refuse_engine_flags(engine)
         with ProgressDisplay(console, quiet) as display:
             progress, stopped_by = run_batch(
@@ -108,20 +117,21 @@ def batch(
         if not quiet:
             console.print(summary_table(progress, str(output_path)))
         return
+    if tool_call_parser is not None:
+        check_style(tool_call_parser)
     model, adapters = engine.chosen_model(), engine.adapters()
     names = ModelNames((model, *(served_model_name or ())), tuple(adapters))
     if clash := set(names.base) & set(adapters):
         raise ConfigError(f"--served-model-name {clash.pop()} is also an adapter's name: choose another")
-    with closing(
-        open_job(input_path, output_path, _facts(engine), resume=resume, overwrite=overwrite)
-    ) as job:
+    facts = _facts(engine, tool_call_parser)
+    with closing(open_job(input_path, output_path, facts, resume=resume, overwrite=overwrite)) as job:
         total, ok, errors = job.journal.counts()
         if ok + errors == total:
             progress = Progress(total, ok, errors, done_before=ok + errors)
         else:
             _say_continued(job, console, quiet)
             progress, stopped_by = _run(
-                job, engine, names, scheduling_policy or DEFAULT_POLICY, console, quiet
+                job, engine, names, scheduling_policy or DEFAULT_POLICY, tool_call_parser, console, quiet
             )
             if stopped_by:
                 raise typer.Exit(_explain_stop(console, progress, output_path, stopped_by))
@@ -136,7 +146,7 @@ def _say_continued(job: Job, console: Console, quiet: bool) -> None:
         console.print(note, soft_wrap=True, highlight=False, markup=False)
 
 
-def _facts(engine: EngineOptions) -> dict[str, str]:
+def _facts(engine: EngineOptions, tool_call_parser: str | None) -> dict[str, str]:
     """What besides the input changes answers; a job is continued only with the same."""
     adapters = (f"{name}={weights_fingerprint(path)}" for name, path in sorted(engine.adapters().items()))
     return {
@@ -146,18 +156,24 @@ def _facts(engine: EngineOptions) -> dict[str, str]:
         "quantization": engine.quantization or "none",
         "max_model_len": str(engine.max_model_len or "auto"),
         "seed": str(engine.seed),
-    }
+    } | ({} if tool_call_parser is None else {"tool_call_parser": tool_call_parser})
 
 
 def _run(
-    job: Job, engine: EngineOptions, names: ModelNames, policy: str, console: Console, quiet: bool
+    job: Job,
+    engine: EngineOptions,
+    names: ModelNames,
+    policy: str,
+    tool_call_parser: str | None,
+    console: Console,
+    quiet: bool,
 ) -> tuple[Progress, int | None]:
     """Load the model and run; returns the progress and the signal that stopped it, if one did."""
     from polybatch.cli.engines import open_core
 
     window = PLANNED if policy_named(policy).is_planning else Window(LOOK_AHEAD * engine.max_num_seqs)
     with open_core(engine, console, quiet, policy=policy) as core:
-        runner = Runner(job, core, names, window)
+        runner = Runner(job, core, names, window, tokenizer=core.tokenizer, tool_call_parser=tool_call_parser)
         with ProgressDisplay(console, quiet) as display, _stop_signals() as received:
             runner.run(should_stop=lambda: bool(received), report=display)
     unfinished = runner.progress.done < runner.progress.total

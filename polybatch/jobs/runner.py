@@ -19,12 +19,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from polybatch.engine.ports import TextTokenizer
 from polybatch.errors import EngineError, RequestError
 from polybatch.jobs.job import Job
 from polybatch.jobs.lines import Line, parse_line
 from polybatch.jobs.responses import response_body
 from polybatch.jobs.results import SYNC_ROWS, Progress, ResultWriter
 from polybatch.jobs.schema import Call
+from polybatch.jobs.tools.answer import add_tool_calls, template_variables, with_tools
 from polybatch.request import FinishReason, RequestOutput, SamplingParams
 from polybatch.scheduling.policies import BATCH_PRIORITY
 
@@ -36,7 +38,7 @@ MAX_NAMES_SHOWN = 10
 class BatchEngine(Protocol):
     """What a job needs of an engine."""
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **template_args: Any) -> Sequence[int]:
         """Token ids of a conversation up to where the answer begins. Raises RequestError."""
         ...
 
@@ -116,7 +118,8 @@ class _Row:
 class Runner:
     """One run over the rows of a job that lack a result.
 
-    clock: seconds, monotonic; for progress and the sync interval only.
+    clock: seconds, monotonic; for progress and the sync interval only. tokenizer, tool_call_parser: whose
+    chat template tells how the model writes tool calls, and what overrides it.
     """
 
     def __init__(
@@ -126,8 +129,12 @@ class Runner:
         names: ModelNames,
         window: Window,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        tokenizer: TextTokenizer | None = None,
+        tool_call_parser: str | None = None,
     ) -> None:
         self._job, self._engine, self._names = job, engine, names
+        self._tokenizer, self._tool_call_parser = tokenizer, tool_call_parser
         self._window = window
         self._rows: dict[str, _Row] = {}
         self._num_completions = self._num_bytes = 0
@@ -226,7 +233,8 @@ class Runner:
             return
         row = _Row(line, call, [])
         try:
-            prompts = call.prompts or (self._engine.encode_chat(call.messages),)
+            row.call = call = with_tools(call, self._tool_call_parser, self._tokenizer)
+            prompts = call.prompts or (self._engine.encode_chat(call.messages, **template_variables(call)),)
             for k, prompt in enumerate(prompts):
                 request_id = f"{line.number}.{k}"
                 params = self._seeded(call.params, request_id)
@@ -278,6 +286,7 @@ class Runner:
             created=int(time.time()),
             fingerprint=self._job.fingerprint,
         )
+        add_tool_calls(body, row.call)
         self._results.succeed(row.line, body, row.call.model)
         preemptions = sum(o.metrics.num_preemptions for o in outputs if o.metrics is not None)
         self.progress.preemptions += preemptions

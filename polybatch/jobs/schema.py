@@ -17,6 +17,8 @@ from typing import Any
 from polybatch.errors import RequestError
 from polybatch.jobs.structured_fields import STRUCTURED_FIELDS, structured_spec
 from polybatch.jobs.tool_messages import tool_fields
+from polybatch.jobs.tools.settings import TOOL_FIELDS, ToolSettings, take_tools
+from polybatch.jobs.tools.styles import ToolStyle
 from polybatch.request import SamplingParams
 
 MAX_TOP_LOGPROBS = 20
@@ -39,6 +41,7 @@ class Call:
     prompts: a completion's prompts, text or token ids, at least one; empty for chat.
     params: log-probabilities included as `SamplingParams` counts them; max_tokens None means
     the rest of the context.
+    tools: that may be called; None for none. tool_style: how the model writes calls, once that is known.
     """
 
     endpoint: Endpoint
@@ -46,6 +49,8 @@ class Call:
     params: SamplingParams
     messages: tuple[dict[str, Any], ...] = ()
     prompts: tuple[str | tuple[int, ...], ...] = ()
+    tools: ToolSettings | None = None
+    tool_style: ToolStyle | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -59,7 +64,7 @@ _SAMPLING = frozenset(
 _FLAGS = frozenset(("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"))
 _COMMON = _SAMPLING | _FLAGS | STRUCTURED_FIELDS | {"model", "max_tokens", "logit_bias", "logprobs"}
 USED_FIELDS = {
-    Endpoint.CHAT: _COMMON | {"messages", "max_completion_tokens", "top_logprobs"},
+    Endpoint.CHAT: _COMMON | {"messages", "max_completion_tokens", "top_logprobs", *TOOL_FIELDS},
     Endpoint.COMPLETIONS: _COMMON | {"prompt"},
 }
 
@@ -85,11 +90,11 @@ FIXED_FIELDS: dict[str, tuple[object, ...]] = {
 }
 
 _REFUSED = frozenset(
-    ("audio", "prediction", "reasoning_effort", "verbosity", "web_search_options", "parallel_tool_calls",
-     "stream_options", "truncate_prompt_tokens", "allowed_token_ids", "bad_words", "chat_template",
-     "chat_template_kwargs", "priority", "cache_salt", "request_id", "rid",
-     "lora_path", "lora", "documents", "add_special_tokens", "echo_tokens", "length_penalty",
-     "use_beam_search", "early_stopping", "detokenize")
+    ("audio", "prediction", "reasoning_effort", "verbosity", "web_search_options", "stream_options",
+     "truncate_prompt_tokens", "allowed_token_ids", "bad_words", "chat_template",
+     "chat_template_kwargs", "priority", "cache_salt", "request_id", "rid", "lora_path", "lora",
+     "documents", "add_special_tokens", "echo_tokens", "length_penalty", "use_beam_search",
+     "early_stopping", "detokenize")
 )  # fmt: skip
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant",
@@ -112,7 +117,8 @@ def parse_call(endpoint: Endpoint, body: object) -> Call:
         )
     params = _sampling_params(endpoint, fields)
     if endpoint is Endpoint.CHAT:
-        return Call(endpoint, model, params, messages=_messages(fields.get("messages")))
+        messages = _messages(fields.get("messages"))
+        return Call(endpoint, model, params, messages=messages, tools=take_tools(fields))
     return Call(endpoint, model, params, prompts=_prompts(fields.get("prompt")))
 
 

@@ -15,8 +15,6 @@ from polybatch.errors import RequestError
 from polybatch.jobs.schema import Call, Endpoint, parse_call
 from polybatch.server.config import ServerConfig
 from polybatch.server.gate import REQUEST_ID
-from polybatch.server.tools.settings import ToolSettings, take_tools
-from polybatch.server.tools.styles import ToolStyle
 
 T = TypeVar("T", bound=object)
 
@@ -51,8 +49,6 @@ class ServerCall:
     add_special_tokens: bool = True
     truncate_prompt_tokens: int | None = None
     template: dict[str, Any] = field(default_factory=dict)
-    tools: ToolSettings | None = None
-    tool_style: ToolStyle | None = None
 
     @property
     def is_chat(self) -> bool:
@@ -81,7 +77,6 @@ def parse_server_call(
         "truncate_prompt_tokens": _truncation(rest),
     }
     if endpoint is Endpoint.CHAT:
-        own["tools"] = take_tools(rest)
         own["template"] = _template(rest)
         own["add_special_tokens"] = _take(rest, "add_special_tokens", bool, False)
     else:

@@ -11,11 +11,11 @@ from typing import Any
 
 from polybatch.engine.messages import CompletionDelta, RequestDelta
 from polybatch.jobs.responses import chat_logprobs, completion_logprobs, prompt_logprobs_body
+from polybatch.jobs.tools.answer import ToolStream, finish_reason, tool_stream
 from polybatch.request import Logprob
 from polybatch.server.call import ServerCall
 from polybatch.server.echo import EchoedPrompt
 from polybatch.server.streams import DONE, event
-from polybatch.server.tools.answer import ToolStream, finish_reason, tool_stream
 
 
 class ChunkWriter:
@@ -101,7 +101,7 @@ class ChunkWriter:
         call = self._call
         number = index * call.call.params.n + change.index
         text = "" if call.is_prompt_only else change.text
-        tools = self._tools.setdefault(number, tool_stream(call))
+        tools = self._tools.setdefault(number, tool_stream(call.call))
         delta = {"content": text} if text or change.finish_reason is None else {}
         if tools is not None:
             delta = tools.delta(text, is_last=change.finish_reason is not None)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from polybatch.errors import ConfigError
-from polybatch.server.tools.styles import check_style
+from polybatch.jobs.tools.styles import check_style
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -58,6 +58,7 @@ def _engine(state: ServerState, snapshot: EngineSnapshot, caller: Caller, after_
     return {
         "now": snapshot.at_s,
         "stats": asdict(stats) | {"num_steps": snapshot.stats.times.num_steps},
+        "costs": asdict(snapshot.stats.costs),
         "kv_usage": kv_usage(snapshot),
         "max_num_seqs": state.max_num_seqs,
         "page_size": state.llm.page_size,

@@ -11,12 +11,14 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from polybatch.engine.async_llm import RequestStream
 from polybatch.engine.deltas import OutputCollector
 from polybatch.engine.messages import RequestDelta
 from polybatch.errors import PolybatchError, RequestError
+from polybatch.jobs.tools.answer import template_variables, with_tools
 from polybatch.request import Request, RequestOutput
 from polybatch.server.admission import Ticket
 from polybatch.server.auth import Caller
@@ -24,7 +26,6 @@ from polybatch.server.call import ServerCall
 from polybatch.server.errors import HttpError, busy, unavailable
 from polybatch.server.names import adapter_of
 from polybatch.server.state import ServerState
-from polybatch.server.tools.answer import with_tools
 from polybatch.structured.checker import BusyError
 
 logger = logging.getLogger("polybatch.server")
@@ -164,9 +165,11 @@ async def prepare(state: ServerState, call: ServerCall, caller: Caller) -> Gener
         base_names=state.config.served_model_names,
         adapters=state.tenants.visible(caller.tenant, llm.adapter_paths),
     )
-    call = with_tools(call, state.config.tool_call_parser, llm.tokenizer)
+    call = replace(call, call=with_tools(call.call, state.config.tool_call_parser, llm.tokenizer))
     prompts: Sequence[str | tuple[int, ...]] = (
-        (await render(state, call.call.messages, call.template),) if call.is_chat else call.call.prompts
+        (await render(state, call.call.messages, call.template | template_variables(call.call)),)
+        if call.is_chat
+        else call.call.prompts
     )
     if call.call.params.structured is not None:
         try:

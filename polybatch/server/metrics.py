@@ -163,6 +163,28 @@ class ServerMetrics(Collector):
                 "output": times.output_s,
             },
         )
+        costs = snapshot.stats.costs
+        yield _by(
+            CounterMetricFamily(
+                f"{_OWN}step_cost_seconds", "Time of steps that were predicted", labels=("kind",)
+            ),
+            {"predicted": costs.predicted_s, "measured": costs.measured_s},
+        )
+        yield _by(
+            GaugeMetricFamily(
+                f"{_OWN}step_cost_error", "Relative error of predicted step times", labels=("quantile",)
+            ),
+            {"0.5": costs.median_error, "0.95": costs.p95_error},
+        )
+        yield _by(
+            GaugeMetricFamily(
+                f"{_OWN}step_cost_factor", "Step time over the cost model's, by class", labels=("class",)
+            ),
+            costs.factors,
+        )
+        yield _gauge(
+            f"{_OWN}step_cost_calibrated", "1 with a profile of polybatch calibrate", costs.is_calibrated
+        )
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(_VLLM + name, text, labels=tuple(self._labels))

@@ -87,7 +87,7 @@ def test_fields_that_ask_for_what_happens_anyway_are_accepted() -> None:
         (COMPLETIONS, {"guided_regex": "a{1,100000}"}, "guided_regex"),
         (COMPLETIONS, {"guided_choice": []}, "guided_choice"),
         (COMPLETIONS, {"guided_regex": "a", "min_tokens": 2}, "min_tokens"),
-        (CHAT, {"tools": [{"type": "function"}]}, "tools"),
+        (CHAT, {"tools": [{"type": "function"}]}, "tools[0].function"),
         (CHAT, {"audio": {"voice": "x"}}, "audio"),
         (CHAT, {"structured_outputs": {"yaml": {}}}, "structured_outputs.yaml"),
         (CHAT, {"structured_outputs": {"json": {}, "regex": "a"}}, "structured_outputs"),

@@ -57,8 +57,15 @@ def test_the_data_tell_what_was_served(busy: RunningServer) -> None:
     assert "10 tokens in" in engine["requests"][0]["story"]
 
 
-def test_a_prediction_is_absent_where_none_is_made(busy: RunningServer) -> None:
-    assert all("predicted_s" not in step for step in data(busy)["engine"]["steps"])
+def test_a_prediction_is_absent_until_there_is_something_to_go_by(busy: RunningServer) -> None:
+    engine = data(busy)["engine"]
+    assert all("predicted_s" not in step for step in engine["steps"][:16])
+    late = engine["steps"][17:]
+    assert late
+    assert all(step["predicted_s"] > 0 for step in late)
+    assert engine["costs"]["num_steps"] == sum("predicted_s" in step for step in engine["steps"])
+    assert not engine["costs"]["is_calibrated"]
+    assert 0 < engine["costs"]["median_error"] <= engine["costs"]["p95_error"]
 
 
 def test_only_steps_that_are_new_are_sent(busy: RunningServer) -> None:

@@ -14,6 +14,7 @@ from polybatch.engine.messages import RequestDelta
 from polybatch.errors import PolybatchError
 from polybatch.jobs.responses import response_body
 from polybatch.jobs.schema import Endpoint
+from polybatch.jobs.tools.answer import add_tool_calls
 from polybatch.request import RequestOutput
 from polybatch.server.auth import caller_of
 from polybatch.server.bodies import decode_object, read_body
@@ -27,7 +28,6 @@ from polybatch.server.interface.requests import ChatCompletionRequest, Completio
 from polybatch.server.openapi import EVENTS, describe
 from polybatch.server.state import ServerState, state_of
 from polybatch.server.streams import DONE, EventStream, event, unless_gone
-from polybatch.server.tools.answer import add_tool_calls
 
 router = APIRouter(tags=["generation"])
 
@@ -78,7 +78,7 @@ def whole_answer(
     answer = response_body(call.call, outputs, **identity)
     if call.echo:
         add_echo(answer, call, _prompts(state, call, generation), outputs)
-    add_tool_calls(answer, call)
+    add_tool_calls(answer, call.call)
     return answer
 
 

@@ -6,8 +6,8 @@ import enum
 import re
 from collections.abc import Collection
 
-from polybatch.server.tools.scanner import CallScanner, Content, Event
-from polybatch.server.tools.styles import ToolStyle
+from polybatch.jobs.tools.scanner import CallScanner, Content, Event
+from polybatch.jobs.tools.styles import ToolStyle
 
 _NAMED = re.compile(r"\s*([A-Za-z0-9_.-]{1,64})\s*(\[CALL_ID\][A-Za-z0-9]*)?(\[ARGS\]|(?=\{))")
 _NAMED_SO_FAR = re.compile(r"\s*[A-Za-z0-9_.-]{0,64}\s*(\[[A-Za-z0-9_\]]*){0,2}")

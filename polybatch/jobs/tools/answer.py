@@ -1,4 +1,4 @@
-"""Tool calls in requests and answers: what the server's routes need of this folder."""
+"""Tool calls in requests and answers: what runs calls, here or in a server, needs of this folder."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 
 from polybatch.engine.ports import TextTokenizer
 from polybatch.errors import RequestError
-from polybatch.server.call import ServerCall
-from polybatch.server.tools.grammar import forced_calls
-from polybatch.server.tools.parser import ToolParser
-from polybatch.server.tools.scanner import Arguments, CallStart, Content, Event
-from polybatch.server.tools.settings import ToolSettings
-from polybatch.server.tools.styles import STYLES, ToolStyle, style_of
+from polybatch.jobs.schema import Call
+from polybatch.jobs.tools.grammar import forced_calls
+from polybatch.jobs.tools.parser import ToolParser
+from polybatch.jobs.tools.scanner import Arguments, CallStart, Content, Event
+from polybatch.jobs.tools.settings import ToolSettings
+from polybatch.jobs.tools.styles import STYLES, ToolStyle, style_of
 
 FINISH_REASON = "tool_calls"
 
 
-def with_tools(call: ServerCall, override: str | None, tokenizer: TextTokenizer | None) -> ServerCall:
-    """The call with its tools where the template sees them, and its output held to them where that is asked.
+def with_tools(call: Call, override: str | None, tokenizer: TextTokenizer | None) -> Call:
+    """The call with the style in which it is answered, and its output held to its tools where that is asked.
 
     override: a style's name, None to go by the chat template. Raises RequestError for a model without tools.
     """
@@ -29,24 +29,23 @@ def with_tools(call: ServerCall, override: str | None, tokenizer: TextTokenizer 
     if style is None:
         raise RequestError(
             "tools are not supported by this model: its chat template has no place for them, or writes calls "
-            f"in an unknown style; leave tools out, or start the server with --tool-call-parser "
-            f"({', '.join(STYLES)})",
+            f"in an unknown style; leave tools out, or give --tool-call-parser ({', '.join(STYLES)})",
             field="tools",
         )
     # Marks of calls may be special tokens, and have to be seen.
-    params = replace(call.call.params, skip_special_tokens=False)
+    params = replace(call.params, skip_special_tokens=False)
     if settings.forced:
         if params.structured is not None:
             raise RequestError(
                 "tool_choice forces a call, and response_format another output: use one", field="tool_choice"
             )
         params = replace(params, structured=forced_calls(style, settings, tokenizer))
-    return replace(
-        call,
-        call=replace(call.call, params=params),
-        template={**call.template, "tools": settings.tools},
-        tool_style=style,
-    )
+    return replace(call, params=params, tool_style=style)
+
+
+def template_variables(call: Call) -> dict[str, Any]:
+    """What the chat template is to know of tools."""
+    return {} if call.tools is None else {"tools": call.tools.tools}
 
 
 class ToolStream:
@@ -88,7 +87,7 @@ class ToolStream:
             calls[-1]["function"]["arguments"] += event.text
 
 
-def tool_stream(call: ServerCall) -> ToolStream | None:
+def tool_stream(call: Call) -> ToolStream | None:
     """A fresh one for a completion of a call whose answer may hold tool calls."""
     if call.tool_style is None or call.tools is None:
         return None
@@ -100,7 +99,7 @@ def finish_reason(reason: str | None, stream: ToolStream | None) -> str | None:
     return FINISH_REASON if reason == "stop" and stream is not None and stream.num_calls else reason
 
 
-def add_tool_calls(answer: dict[str, Any], call: ServerCall) -> None:
+def add_tool_calls(answer: dict[str, Any], call: Call) -> None:
     """Take the calls out of the messages of a whole answer."""
     for choice in answer["choices"]:
         stream = tool_stream(call)

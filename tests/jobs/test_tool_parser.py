@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polybatch.errors import ConfigError, RequestError
+from polybatch.jobs.tools.answer import ToolStream
+from polybatch.jobs.tools.grammar import forced_calls
+from polybatch.jobs.tools.parser import ToolParser
+from polybatch.jobs.tools.scanner import Arguments, CallStart, Content
+from polybatch.jobs.tools.settings import ToolSettings, take_tools
+from polybatch.jobs.tools.styles import STYLES, check_style, style_of
 from polybatch.models.loader import load_model
-from polybatch.server.tools.answer import ToolStream
-from polybatch.server.tools.grammar import forced_calls
-from polybatch.server.tools.parser import ToolParser
-from polybatch.server.tools.scanner import Arguments, CallStart, Content
-from polybatch.server.tools.settings import ToolSettings, take_tools
-from polybatch.server.tools.styles import STYLES, check_style, style_of
 from polybatch.structured.grammar import GrammarCompiler, fill_masks
 from polybatch.structured.vocabulary import vocabulary_of
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from polybatch.server.tools.settings import ToolSettings
-from polybatch.server.tools.styles import ToolStyle
+from polybatch.jobs.tools.settings import ToolSettings
+from polybatch.jobs.tools.styles import ToolStyle
 from polybatch.structured.grammar import WHITESPACE
 from polybatch.structured.spec import StructuredSpec
 
