@@ -28,11 +28,12 @@ def run(bench: Bench, workload: Workload) -> tuple[float, list[tuple[str, int, f
         core.add_request(str(index), list(request.token_ids), params, request.adapter)
     queued = before = time.perf_counter()
     steps = []
+    newest = max((record.index for record in core.step_log.steps_after(-1)), default=-1)
     while core.has_work():
-        index = core.stats().times.num_steps
         core.step()
         now = time.perf_counter()
-        for record in core.step_log.steps_after(index - 1):
+        for record in core.step_log.steps_after(newest):
+            newest = record.index
             decode, prefill = sum(record.decode.values()), sum(record.prefill.values())
             kind = "decode" if not prefill else "prefill" if not decode else "mixed"
             steps.append((f"{kind}, {record.num_seqs} sequences", decode + prefill, now - before))
