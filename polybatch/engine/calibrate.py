@@ -114,6 +114,8 @@ class Calibration:
             coefficients={name: getattr(model, name) for name in COEFFICIENTS},
             hinge=model.hinge,
             row_sizes=model.row_sizes,
+            mixed_floor=model.mixed_floor,
+            adapted_floor=model.adapted_floor,
             median_error=quantile(self.errors(), 0.5),
             p95_error=self.p95_error,
             num_fitted=len(self.fitted),

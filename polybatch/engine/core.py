@@ -207,6 +207,7 @@ class EngineCore:
             num_finished_requests=self._num_finished,
             num_prompt_tokens=self._num_prompt_tokens,
             num_output_tokens=self._num_output_tokens,
+            costs=self.step_log.cost_stats(self.costs),
         )
 
     def _advance(self, plan: StepPlan | None, now: float, started: float) -> None:
@@ -266,7 +267,7 @@ class EngineCore:
         flight.predicted_s = costs.predict(flight.shape) if costs.is_ready else None
 
     def _measured(self, flight: Flight, ended: float) -> None:
-        """A step is over: it had the device to itself from the end of the one before, or from its planning."""
+        """A step is over: it had the device from the end of the one before, or from its own planning, on."""
         duration_s = ended - max(flight.started, self._landed)
         self._landed = ended
         self.step_log.stepped(duration_s, flight.predicted_s)

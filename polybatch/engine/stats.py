@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from polybatch.scheduling.track import SchedulerStats
 
@@ -35,6 +35,24 @@ class StepTimes:
 
 
 @dataclass(frozen=True, slots=True)
+class CostStats:
+    """How well steps are predicted.
+
+    is_calibrated: by a profile of this machine and model, else learned from the first steps. num_steps: that
+    were predicted. predicted_s, measured_s: of those, in all. median_error, p95_error: relative, of the last
+    steps; 0 before the first. factors: measured over what the model alone says, by class of step.
+    """
+
+    is_calibrated: bool = False
+    num_steps: int = 0
+    predicted_s: float = 0.0
+    measured_s: float = 0.0
+    median_error: float = 0.0
+    p95_error: float = 0.0
+    factors: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """A snapshot. Totals count since the start; aborted and failed requests count as finished."""
 
@@ -44,3 +62,4 @@ class EngineStats:
     num_finished_requests: int
     num_prompt_tokens: int
     num_output_tokens: int
+    costs: CostStats = field(default_factory=CostStats)

@@ -14,7 +14,10 @@ import msgspec
 from msgspec.structs import replace
 
 from polybatch.engine.outputs import Progress
+from polybatch.engine.stats import CostStats
 from polybatch.request import SequenceStatus
+from polybatch.scheduling.cost_fit import quantile
+from polybatch.scheduling.online_cost import OnlineCost
 from polybatch.scheduling.plan import StepPlan
 
 MAX_STEPS = 256
@@ -95,6 +98,8 @@ class StepLog:
         self._drafts: deque[StepRecord] = deque()
         """Of steps that are not over: two for a moment where the device works ahead."""
         self._num_planned = 0
+        self._num_predicted = 0
+        self._predicted_s = self._measured_s = 0.0
 
     def submitted(self, progress: Progress) -> None:
         request = progress.request
@@ -127,6 +132,10 @@ class StepLog:
     def stepped(self, duration_s: float, predicted_s: float | None = None) -> None:
         """Keep what was counted of the step that is now over: the oldest that was planned and is not."""
         draft = self._drafts.popleft()
+        if predicted_s is not None:
+            self._num_predicted += 1
+            self._predicted_s += predicted_s
+            self._measured_s += duration_s
         self._steps.append(replace(draft, duration_s=duration_s, predicted_s=predicted_s))
 
     def failed(self) -> None:
@@ -141,6 +150,14 @@ class StepLog:
             for step in self._steps
             if step.predicted_s is not None and step.duration_s > 0
         ]
+
+    def cost_stats(self, costs: OnlineCost) -> CostStats:
+        """How well steps are predicted. costs: what predicts them."""
+        errors = self.prediction_errors()
+        return CostStats(
+            costs.is_calibrated, self._num_predicted, self._predicted_s, self._measured_s,
+            quantile(errors, 0.5), quantile(errors, 0.95), dict(costs.factors),
+        )  # fmt: skip
 
     def finished(self, progress: Progress) -> None:
         """Move a request from the live to the finished."""

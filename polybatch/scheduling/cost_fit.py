@@ -2,7 +2,7 @@
 
 The least squares are of (predicted - measured) / measured, so that a decode step of 2 ms counts as much as a
 prefill of 2 s. Outliers, a step that had to wait for another program, get Huber's weights (1964) in a few
-rounds. The hinge is searched among the token counts that were measured. Some twenty unknowns and a hundred
+rounds. Hinge and floors are searched. Some twenty unknowns and a hundred
 steps are so little that plain Python takes about a second.
 Source: Lawson and Hanson, "Solving Least Squares Problems" (1974), chapter 23, on the normal equations.
 """
@@ -10,7 +10,8 @@ Source: Lawson and Hanson, "Solving Least Squares Problems" (1974), chapter 23, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from operator import mul
 
 from polybatch.errors import ConfigError
@@ -29,6 +30,11 @@ MIN_SCALE = 0.005
 RIDGE = 1e-7
 """Against unknowns that the steps cannot tell apart."""
 
+FLOOR_MARGIN = 1.1
+"""A step that took no longer than so many times its floor may have waited for that alone."""
+
+MIN_AT_FLOOR = 5
+
 Row = Sequence[float]
 
 
@@ -41,35 +47,66 @@ class Sample:
 
 
 def fit(
-    samples: Sequence[Sample], row_sizes: tuple[int, ...] = (), *, hinges: Iterable[int] = HINGES
+    samples: Sequence[Sample],
+    row_sizes: tuple[int, ...] = (),
+    *,
+    hinges: Iterable[int] = HINGES,
+    has_floors: bool = True,
 ) -> CostModel:
-    """The cost model of these steps. row_sizes: see `CostModel`.
+    """The cost model of these steps. row_sizes: see `CostModel`. hinges: to try. has_floors: try them, too.
 
     Raises ConfigError without steps, or for one that took no time.
     """
     if not samples or min(sample.seconds for sample in samples) <= 0:
         raise ConfigError("a cost model is fitted to measured steps; there are none, or one took no time")
-
-    def rows_at(hinge: int) -> list[list[float]]:
-        return [[a / s.seconds for a in amounts(s.shape, hinge, row_sizes)] for s in samples]
-
     most = max(sample.shape.num_tokens for sample in samples)
-    best: tuple[float, int] | None = None
-    for hinge in (most, *(hinge for hinge in hinges if hinge < most)):
-        rows = rows_at(hinge)
-        loss = _loss(rows, non_negative_least_squares(rows))
-        if best is None or loss < best[0] * 0.999:
-            best = loss, hinge
+    hinges = (most, *(hinge for hinge in hinges if hinge < most))
+    floors = _floors(samples) if has_floors else [(0.0, 0.0)]
+    best: tuple[float, CostModel] | None = None
+    for hinge, (mixed, adapted) in product(hinges, floors):
+        frame = CostModel(0.0, hinge=hinge, row_sizes=row_sizes, mixed_floor=mixed, adapted_floor=adapted)
+        model = _solved(samples, frame, rounds=0)
+        loss = _loss(relative_errors(model, samples))
+        # A floor, or another hinge, has to be worth it.
+        if best is None or loss < 0.98 * best[0]:
+            best = loss, frame
     assert best is not None
-    rows, hinge = rows_at(best[1]), best[1]
+    return _solved(samples, best[1], ROUNDS)
+
+
+def _solved(samples: Sequence[Sample], frame: CostModel, rounds: int) -> CostModel:
+    """The coefficients that go with a hinge and floors. Steps at a floor say nothing of them."""
+    rows = [
+        [amount / sample.seconds for amount in amounts(sample.shape, frame.hinge, frame.row_sizes)]
+        for sample in samples
+        if sample.seconds > FLOOR_MARGIN * frame.predict(sample.shape)
+    ]
+    if frame.mixed_floor and len(rows) < MIN_AT_FLOOR:
+        return replace(frame, base=min(sample.seconds for sample in samples))
     found = non_negative_least_squares(rows)
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         residuals = [abs(_dot(row, found) - 1.0) for row in rows]
         # The median of absolute normal residuals is 0.6745 standard deviations.
         scale = max(MIN_SCALE, quantile(residuals, 0.5) / 0.6745)
         weights = [min(1.0, HUBER * scale / residual) if residual else 1.0 for residual in residuals]
         found = non_negative_least_squares(rows, weights)
-    return CostModel(**dict(zip(COEFFICIENTS, found, strict=True)), hinge=hinge, row_sizes=row_sizes)
+    return CostModel(
+        **dict(zip(COEFFICIENTS, found, strict=True)), hinge=frame.hinge, row_sizes=frame.row_sizes,
+        mixed_floor=frame.mixed_floor, adapted_floor=frame.adapted_floor,
+    )  # fmt: skip
+
+
+def _floors(samples: Sequence[Sample]) -> list[tuple[float, float]]:
+    """Floors to try, none first: what the fastest steps with prefill took, without and with adapters."""
+    mixed = [sample for sample in samples if sample.shape.num_prefills]
+    plain = sorted(s.seconds for s in mixed if not s.shape.num_adapters)
+    adapted = sorted(s.seconds for s in mixed if s.shape.num_adapters)
+    if len(plain) < 2 * MIN_AT_FLOOR or len(adapted) < 2 * MIN_AT_FLOOR:
+        return [(0.0, 0.0)]
+    found = [(0.0, 0.0)]
+    for rank in (MIN_AT_FLOOR // 2, MIN_AT_FLOOR - 1):
+        found.append((plain[rank], max(0.0, adapted[rank] - plain[rank])))
+    return found
 
 
 def relative_errors(costs: StepCosts, samples: Iterable[Sample]) -> list[float]:
@@ -163,9 +200,8 @@ def _solve(matrix: list[list[float]], right: list[float]) -> list[float]:
     return right
 
 
-def _loss(rows: Sequence[Row], x: Row) -> float:
+def _loss(residuals: Sequence[float]) -> float:
     """Mean of Huber's loss at a tenth: what an outlier adds is bounded by its size, not its square."""
-    residuals = [abs(_dot(row, x) - 1.0) for row in rows]
     return sum(r * r if r < 0.1 else 0.2 * r - 0.01 for r in residuals) / len(residuals)
 
 

@@ -65,10 +65,10 @@ class EngineLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 class CostProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A cost model and how good it is.
 
-    coefficients: all of `COEFFICIENTS` by name, seconds per unit. median_error, p95_error: relative, over
-    num_held_out random steps that the fit did not see; num_fitted: those that it did. num_disturbed: of all
-    of them, steps that other programs kept disturbing. adapter_bytes_per_rank: of an adapter's rows on all
-    linear layers, in all of them. created: ISO 8601.
+    coefficients: all of `COEFFICIENTS` by name, seconds per unit; the rest of the model as in `CostModel`.
+    median_error, p95_error: relative, over num_held_out random steps that the fit did not see; num_fitted:
+    those that it did. num_disturbed: of all of them, steps that other programs kept disturbing.
+    adapter_bytes_per_rank: of an adapter's rows on all linear layers, in all of them. created: ISO 8601.
     """
 
     format: int
@@ -76,6 +76,8 @@ class CostProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     coefficients: dict[str, float]
     hinge: int
     row_sizes: tuple[int, ...]
+    mixed_floor: float
+    adapted_floor: float
     median_error: float
     p95_error: float
     num_fitted: int
@@ -89,7 +91,10 @@ class CostProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     @property
     def model(self) -> CostModel:
-        return CostModel(**self.coefficients, hinge=self.hinge, row_sizes=self.row_sizes)
+        return CostModel(
+            **self.coefficients, hinge=self.hinge, row_sizes=self.row_sizes, mixed_floor=self.mixed_floor,
+            adapted_floor=self.adapted_floor,
+        )  # fmt: skip
 
 
 _LEAST_STEPS = (
@@ -119,9 +124,10 @@ def parse_profile(data: bytes, source: str) -> CostProfile:
         raise ConfigError(
             f"{source}: coefficients {', '.join(sorted(unknown))} are unknown or missing; {way_out}"
         )
-    for name, value in profile.coefficients.items():
+    floors = {"mixed_floor": profile.mixed_floor, "adapted_floor": profile.adapted_floor}
+    for name, value in (profile.coefficients | floors).items():
         if not math.isfinite(value) or value < 0:
-            raise ConfigError(f"{source}: coefficient {name} is {value}; it must be 0 or more; {way_out}")
+            raise ConfigError(f"{source}: {name} is {value}; it must be 0 or more; {way_out}")
     sizes = profile.row_sizes
     if profile.hinge < 0 or any(a >= b for a, b in zip((0, *sizes), sizes, strict=False)):
         raise ConfigError(f"{source}: hinge must be 0 or more and row_sizes ascend from 1; {way_out}")

@@ -199,7 +199,8 @@ class CostModel:
     `per_token_beyond` more. per_context: per token of KV that decoding rows read for the first time in the
     step, per_shared_context again. Once for a whole step where there is any: per_mixed for prefill,
     per_head for logits, per_adapted for adapters. row_sizes: decode steps are padded to the next of these
-    (captured graphs); ascending, empty for none.
+    (captured graphs); ascending, empty for none. mixed_floor: seconds below which no step with prefill gets,
+    for a GPU whose kernels the host launches one by one; adapted_floor: so much more where any has adapters.
     """
 
     base: float
@@ -222,8 +223,12 @@ class CostModel:
     per_adapted: float = 0.0
     per_adapter_work: float = 0.0
     row_sizes: tuple[int, ...] = ()
+    mixed_floor: float = 0.0
+    adapted_floor: float = 0.0
 
     def predict(self, shape: StepShape) -> float:
         """Seconds of a step of this shape."""
         found: float = sum(map(mul, _coefficients(self), amounts(shape, self.hinge, self.row_sizes)))
+        if self.mixed_floor and shape.num_prefills:
+            return max(found, self.mixed_floor + (self.adapted_floor if shape.num_adapters else 0.0))
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -99,3 +100,16 @@ def test_quantiles_lie_between_neighbours() -> None:
     assert quantile([3.0, 1.0, 2.0], 0.5) == 2.0
     assert quantile([0.0, 1.0], 0.95) == pytest.approx(0.95)
     assert quantile([], 0.5) == 0.0
+
+
+def test_a_floor_under_steps_with_prefill_is_found() -> None:
+    truth = replace(TRUTH, mixed_floor=0.08, adapted_floor=0.02)
+    shapes = [sample.shape for sample in samples(0, 160)]
+    model = fit([Sample(shape, truth.predict(shape)) for shape in shapes])
+    assert model.mixed_floor == pytest.approx(0.08, rel=0.05)
+    test = [Sample(s.shape, truth.predict(s.shape)) for s in samples(1, 50)]
+    assert quantile(relative_errors(model, test), 0.95) < 0.05
+
+
+def test_no_floor_is_seen_where_there_is_none() -> None:
+    assert fit(samples(0, 160, noise=0.05)).mixed_floor == 0

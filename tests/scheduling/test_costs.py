@@ -122,7 +122,8 @@ def test_a_prediction_is_coefficients_times_amounts(model: CostModel, shape: Ste
 
 
 def test_every_coefficient_is_a_field_of_the_model_and_every_amount_can_matter() -> None:
-    assert set(COEFFICIENTS) | {"hinge", "row_sizes"} == {field.name for field in fields(CostModel)}
+    others = {"hinge", "row_sizes", "mixed_floor", "adapted_floor"}
+    assert {*COEFFICIENTS, *others} == {field.name for field in fields(CostModel)}
     shape = StepShape(**dict.fromkeys(SHAPE_FIELDS, 7) | {"decode_context": 20})
     assert min(amounts(shape, 3)) > 0
 
@@ -138,3 +139,12 @@ def test_decode_steps_are_padded_to_the_next_captured_size_and_mixed_ones_are_no
 def test_tokens_beyond_the_hinge_cost_more() -> None:
     model = CostModel(base=1.0, per_token=1.0, hinge=10, per_token_beyond=2.0)
     assert [model.predict(StepShape(num_tokens=n)) for n in (10, 11, 12)] == [11, 14, 17]
+
+
+def test_steps_with_prefill_take_at_least_what_launching_them_takes() -> None:
+    model = CostModel(base=1.0, per_token=1.0, mixed_floor=10.0, adapted_floor=3.0)
+    prefill = {"num_prefill_tokens": 4, "num_prefills": 1}
+    assert model.predict(StepShape(num_tokens=4)) == 5
+    assert model.predict(StepShape(num_tokens=4, **prefill)) == 10
+    assert model.predict(StepShape(num_tokens=4, num_adapters=1, **prefill)) == 13
+    assert model.predict(StepShape(num_tokens=20, **prefill)) == 21

@@ -157,6 +157,14 @@ function drawSteps() {
   drawStepLegend();
 }
 
+// How far predictions of the last steps were off.
+function predictionNote(costs) {
+  if (!costs?.num_steps) return "";
+  const percent = (share) => `${+(100 * share).toPrecision(2)} %`;
+  const source = costs.is_calibrated ? "calibrated" : "learned";
+  return `. Predictions (${source}) are off by ${percent(costs.median_error)}, 95 % of them by at most ${percent(costs.p95_error)}`;
+}
+
 // Numbers of the step under the pointer, else of the last.
 function drawStepLegend() {
   const at = hovered ?? steps.length - 1;
@@ -167,7 +175,8 @@ function drawStepLegend() {
     `Step ${number.format(step.index)}: ${number.format(step.num_seqs)} ${step.num_seqs === 1 ? "sequence" : "sequences"}, ` +
     shown.lines.map((line) => `${line.name} ${duration(line.values[at] === null ? null : line.values[at] / 1000)}`).join(", ") +
     counted(step.num_loads, "adapter loaded", "adapters loaded") +
-    counted(step.num_preempted, "sequence preempted", "sequences preempted");
+    counted(step.num_preempted, "sequence preempted", "sequences preempted") +
+    predictionNote(latest.engine.costs);
   const entries = mode === "phase" ? [...shown.decode, ...shown.prefill] : shown.decode;
   const value = (part, i) =>
     mode === "phase" ? part.values[at] : part.values[at] + shown.prefill[i].values[at];
