@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import typer
 
 from polybatch import __version__
-from polybatch.cli import batch, bench, calibrate, chat, info, keys, selfcheck, serve, simulate
+from polybatch.cli import batch, bench, calibrate, chat, info, keys, plan_job, selfcheck, serve, simulate
 from polybatch.errors import PolybatchError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("batch")(batch.batch)
+app.command("plan-job")(plan_job.plan_job)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
 app.add_typer(keys.app, name="keys")

@@ -25,7 +25,7 @@ from polybatch.scheduling.costs import CostModel
 from polybatch.scheduling.prefix_groups import prompt_key
 from polybatch.scheduling.scheduler import Scheduler
 
-POOL = PoolSpec(60, 16, 100, 2)
+POOL = PoolSpec(30, 16, 100, 2)
 CONFIG = SchedulerConfig(max_num_batched_tokens=256, max_num_seqs=32)
 COSTS = CostModel(base=0.01, per_token=0.001)
 
@@ -137,7 +137,7 @@ def test_the_cache_evicts_the_least_recently_used_leaf(
 def write_job(path: Path) -> None:
     lines = [
         completion_line(f"{group}-{row}", f"{group} " * 60 + f"question {row}", model="stub", max_tokens=4,
-                        ignore_eos=True)
+                        ignore_eos=True, temperature=0)
         for row in range(6) for group in "abcd"
     ]  # fmt: skip
     path.write_text("".join([*lines, "not a line\n"]))
@@ -161,7 +161,9 @@ def test_the_command_says_what_the_batch_then_does(
         if row["error"] is None
     ]
     computed = sum(u["prompt_tokens"] - u["prompt_tokens_details"]["cached_tokens"] for u in usages)
-    assert computed == found["planned_tokens"]
+    # A prompt's last page, partly filled, is found by others only once its row has ended.
+    assert found["planned_tokens"] <= computed <= found["planned_tokens"] + 16 * 24
+    assert found["prompt_tokens"] - computed >= 0.97 * (found["prompt_tokens"] - found["planned_tokens"])
     assert sum(u["prompt_tokens"] for u in usages) == found["prompt_tokens"]
 
 
