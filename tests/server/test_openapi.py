@@ -91,14 +91,14 @@ def test_no_request_that_the_document_describes_or_forbids_makes_the_server_fail
 
 @pytest.mark.slow
 def test_no_long_attack_makes_the_server_fail(full: RunningServer) -> None:
-    assert {200, 400, 404} <= attack(full, max_examples=300).keys()
+    assert {200, 400, 404} <= attack(full, max_examples=150).keys()
     assert full.llm.num_restarts == 0
 
 
 @pytest.mark.slow
 def test_no_attack_makes_a_real_engine_fail(tmp_path: Path) -> None:
     with RunningServer("smollm2-135m-instruct", config=everything(tmp_path), max_model_len=64) as running:
-        assert {200, 400, 404} <= attack(running, max_examples=60).keys()
+        assert {200, 400, 404} <= attack(running, max_examples=25).keys()
         assert running.llm.num_restarts == 0
 
 
