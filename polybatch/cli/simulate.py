@@ -129,7 +129,7 @@ def simulate(
     levels = ServiceLevels.of(_service_levels(service or []))
     limits = None if slo is None else parse_slo(slo)
     machines, num_prefill = _machines(machine or ["h100-8b"], replicas, disaggregate)
-    source = _trace(trace, workload, set_ or [], rate, requests, seed)
+    source = traffic_of(trace, workload, set_ or [], rate, requests, seed)
     runs: list[tuple[str, Run]] = []
     for name in policies:
         settings = EngineSettings(
@@ -151,7 +151,7 @@ def simulate(
         plot_runs(runs, plot)
 
 
-def _trace(
+def traffic_of(
     path: Path | None,
     workload: str | None,
     options: list[str],
@@ -159,6 +159,7 @@ def _trace(
     num: int | None,
     seed: int,
 ) -> Trace:
+    """What the options for traffic ask for. Raises ConfigError where they do not fit together."""
     from polybatch.simulate.readers import read_trace
     from polybatch.simulate.workloads import make_workload, options_of
 

@@ -84,7 +84,7 @@ def decode_scheduler(machine: Machine, settings: EngineSettings) -> Scheduler:
     config: SchedulerConfig = replace(
         settings.scheduler_config(machine), max_num_batched_tokens=_UNLIMITED, enable_prefix_caching=False
     )
-    return Scheduler(config, machine.pool, costs=machine.costs)
+    return Scheduler(config, machine.pool, costs=machine.costs if settings.has_costs else None)
 
 
 class DecodeReplica(Replica):

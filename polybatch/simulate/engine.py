@@ -32,10 +32,12 @@ class Outcome:
     """What became of one request; written by the replica that served it.
 
     number: its place in the trace. sent_s: when it arrived. token_times: when each token was there.
+    answer: whether it was told at its arrival that its deadlines will be met; None where it was told nothing.
     reason: None while it lives. error: why it was refused. replica: index of the engine that served it last.
     """
 
     __slots__ = (
+        "answer",
         "error",
         "finished_s",
         "first_scheduled_s",
@@ -63,6 +65,7 @@ class Outcome:
         self.num_preemptions = 0
         self.reason: FinishReason | None = None
         self.error: str | None = None
+        self.answer: bool | None = None
         self.replica = 0
         # What a step brings it: the same token each time, and the stop token as its last.
         self.num_target = request.num_output
@@ -94,6 +97,7 @@ class EngineSettings:
     """How every simulated engine is set up; None takes the machine's value.
 
     max_tokens: what every client asks for; None: what the trace says, or else the true length.
+    has_costs: whether the scheduler may ask the cost model, as one that was calibrated does.
     enable_prefix_caching: off saves time where prompts share nothing. batching, service, adapter_cluster: as
         in `SchedulerConfig`.
     page_samples: so many samples of page use are kept at most.
@@ -107,6 +111,7 @@ class EngineSettings:
     max_num_seqs: int | None = None
     max_tokens: int | None = None
     enable_prefix_caching: bool = True
+    has_costs: bool = True
     page_samples: int = 1024
 
     def scheduler_config(self, machine: Machine) -> SchedulerConfig:
@@ -124,7 +129,8 @@ class EngineSettings:
 
 def default_scheduler(machine: Machine, settings: EngineSettings) -> Scheduler:
     """The scheduler of an engine with these settings."""
-    return Scheduler(settings.scheduler_config(machine), machine.pool, costs=machine.costs)
+    costs = machine.costs if settings.has_costs else None
+    return Scheduler(settings.scheduler_config(machine), machine.pool, costs=costs)
 
 
 @dataclass(slots=True)
@@ -217,6 +223,9 @@ class Replica:
         except RequestError as error:
             outcome.reason, outcome.error, outcome.finished_s = FinishReason.ERROR, str(error), now
             return False
+        if request.deadlines is not None:
+            answer = self.scheduler.answer(request.request_id)
+            outcome.answer = None if answer is None else answer.is_met
         self.live[sequence] = outcome
         self._sequence_of[outcome.number] = sequence
         return True

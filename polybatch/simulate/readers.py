@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from polybatch.errors import ConfigError, PolybatchError
 from polybatch.request import Deadlines
+from polybatch.scheduling.policies import BATCH_PRIORITY
 from polybatch.simulate.traces import Trace, TraceRequest
 
 T = TypeVar("T")
@@ -158,6 +159,7 @@ def _read_job(
                 TraceRequest(
                     request_id=row["custom_id"], arrival_s=0.0, num_input=len(tokens), num_output=limit,
                     max_tokens=limit, blocks=tuple(blocks), block_tokens=_JOB_BLOCK, adapter=adapter,
+                    priority=BATCH_PRIORITY,
                 )
             )  # fmt: skip
     return Trace(path.stem, tuple(requests), adapters)

@@ -57,8 +57,9 @@ class Report:
 
     num_dropped: given up by the policy or left by their clients. satisfaction: mean of max(0, 1 - (TTFT /
     limit)^2), None without a limit on TTFT. workflow_attainment: share of workflows that ended in time.
-    rows_per_step: sequences in a mean step. busy_share: of all engines' time. peak_kv_share: largest sampled
-    share of a pool that running sequences held.
+    answers_right: of the predictions told at arrival, the share that came true. rows_per_step: sequences in
+    a mean step. busy_share: of all engines' time. peak_kv_share: largest sampled share of a pool that
+    running sequences held.
     """
 
     trace: str
@@ -82,6 +83,7 @@ class Report:
     goodput_per_device: float | None = None
     satisfaction: float | None = None
     workflow_attainment: float | None = None
+    answers_right: float | None = None
     num_steps: int = 0
     rows_per_step: float = 0.0
     busy_share: float = 0.0
@@ -157,6 +159,7 @@ def report(run: Run, slo: Slo | None = None) -> Report:
         ),
         satisfaction=None if ttft_limit is None else satisfaction(outcomes, ttft_limit),
         workflow_attainment=workflow_attainment(outcomes),
+        answers_right=answers_right(outcomes),
         num_steps=num_steps,
         rows_per_step=sum(r.num_rows for r in run.replicas) / max(1, num_steps),
         busy_share=sum(r.busy_s for r in run.replicas) * per_s / len(run.replicas),
@@ -173,6 +176,12 @@ def satisfaction(outcomes: Sequence[Outcome], limit_s: float) -> float:
     """S-LoRA's: 1 for an instant first token, falling with its square to 0 at the limit."""
     waits = [o.ttft_s for o in outcomes]
     return sum(max(0.0, 1 - (t / limit_s) ** 2) for t in waits if t is not None) / max(1, len(waits))
+
+
+def answers_right(outcomes: Sequence[Outcome]) -> float | None:
+    """Of the requests told whether their deadlines will be met, the share that were told the truth."""
+    told = [o.answer == meets(o, None) for o in outcomes if o.answer is not None]
+    return sum(told) / len(told) if told else None
 
 
 def workflow_attainment(outcomes: Sequence[Outcome]) -> float | None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from polybatch.simulate.planner import Plan, num_devices_for
 from polybatch.simulate.report import Percentiles, Report
 
 _TIMES = ("ttft", "tpot", "tbt", "e2e", "scheduling_delay")
@@ -43,6 +44,30 @@ def totals_table(reports: Sequence[tuple[str, Report]]) -> Table:
     return table
 
 
+def plan_table(plan: Plan) -> Table:
+    """Every layout that was searched, best first."""
+    table = Table(title=f"{plan.trace}: goodput", title_justify="left")
+    for name in ("layout", "devices", "requests/s", "per device", "TTFT P90", "TPOT P90"):
+        table.add_column(name, justify="left" if name == "layout" else "right")
+    if plan.rate is not None:
+        table.add_column(f"devices for {plan.rate:g}/s", justify="right")
+    for found in sorted(plan.candidates, key=lambda c: (c.is_bound, -c.per_device)):
+        below = "< " if found.is_bound else ""
+        times = ("", "") if found.report is None else (found.report.ttft.p90, found.report.tpot.p90)
+        row = [
+            found.layout.name,
+            str(found.layout.num_devices),
+            f"{below}{found.rate:.2f}",
+            f"{below}{found.per_device:.2f}",
+            *(time if isinstance(time, str) else seconds(time) for time in times),
+        ]
+        if plan.rate is not None:
+            num = num_devices_for(found, plan.rate)
+            row.append("" if num is None else str(num))
+        table.add_row(*row)
+    return table
+
+
 def seconds(value: float | None) -> str:
     """For people: 12.3 ms, 4.56 s, - where there is none."""
     if value is None:
@@ -61,6 +86,7 @@ def _totals(r: Report) -> dict[str, str]:
         "goodput": "-" if r.goodput is None else f"{r.goodput:.2f}/s",
         "goodput per device": "-" if r.goodput_per_device is None else f"{r.goodput_per_device:.2f}/s",
         "workflows in time": _share(r.workflow_attainment),
+        "answers that came true": _share(r.answers_right),
         "steps": f"{r.num_steps:,}",
         "sequences per step": f"{r.rows_per_step:.1f}",
         "busy": _share(r.busy_share),

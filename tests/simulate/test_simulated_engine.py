@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -191,3 +193,37 @@ def test_pages_of_unequal_size_do_not_change_what_prompts_share() -> None:
         request_of(1, 5.0, num_input=200, blocks=(1, 2, 3, 9), block_tokens=50),
     )
     assert simulate(trace, machine_of(pool=pool)).outcomes[1].num_cached == 150
+
+
+def test_requests_that_the_policy_gives_up_are_outcomes_with_what_they_were_told() -> None:
+    late = Deadlines(ttft_s=0.6)
+    trace = trace_of(
+        request_of(0, num_input=400, num_output=40),
+        *(request_of(i, 0.01, 400, 40, deadlines=late) for i in range(1, 5)),
+    )
+    run = simulate(trace, machine_of(num_pages=30), EngineSettings(policy="early_abort"))
+    check(run)
+    dropped = [o for o in run.outcomes if o.reason is FinishReason.ABORT]
+    assert dropped
+    assert all(o.error is not None and not o.token_times for o in dropped)
+
+
+def test_requests_with_deadlines_are_told_at_arrival_whether_they_will_be_met() -> None:
+    def told(ttft_s: float) -> bool | None:
+        trace = trace_of(request_of(0, num_input=300, deadlines=Deadlines(ttft_s=ttft_s)))
+        return simulate(trace, machine_of()).outcomes[0].answer
+
+    assert told(10.0) is True
+    assert told(0.01) is False
+    assert simulate(trace_of(request_of(0)), machine_of()).outcomes[0].answer is None
+
+
+def test_batching_is_as_it_was_set() -> None:
+    trace = trace_of(request_of(0, 0.0, 16, 40), request_of(1, 0.2, 400, 4))
+    apart = simulate(trace, machine_of(), EngineSettings(batching="prefill_first"))
+    mixed = simulate(trace, machine_of(), EngineSettings(batching="stall_free", max_num_batched_tokens=64))
+    gap_apart, gap_mixed = (
+        max(b - a for a, b in pairwise(run.outcomes[0].token_times)) for run in (apart, mixed)
+    )
+    assert gap_apart > 0.4
+    assert gap_mixed < 0.1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 
 from polybatch.errors import ConfigError
+from polybatch.scheduling.policies import BATCH_PRIORITY
 from polybatch.simulate.traces import Trace, TraceRequest
 
 
@@ -40,6 +41,8 @@ def batchllm(
                 # A block is as long as the prefix: the first is the group's, the second the request's own.
                 blocks=(i // group_size, num_requests + i),
                 block_tokens=prefix_tokens,
+                max_tokens=output_tokens,
+                priority=BATCH_PRIORITY,
             )
             for i in order
         ),
