@@ -21,6 +21,7 @@ from polybatch.engine.config import EngineConfig, ResolvedConfig, adapter_bytes,
 from polybatch.engine.core import EngineCore
 from polybatch.engine.cost_files import cost_key, costs_for
 from polybatch.engine.executors import build_executor, settle
+from polybatch.engine.heap import freeze_heap, unfreeze_heap
 from polybatch.engine.ports import TextTokenizer
 from polybatch.engine.stats import EngineStats
 from polybatch.errors import ConfigError, EngineError, RequestError
@@ -97,6 +98,7 @@ class LLM:
             ),
             str(model),
         )
+        freeze_heap()
         try:
             for name, path in (adapters or {}).items():
                 self.add_adapter(name, path)
@@ -201,6 +203,7 @@ class LLM:
         """Stop threads and give memory back. Idempotent; nothing can be generated afterwards."""
         self._is_closed = True
         self.core.executor.close()
+        unfreeze_heap()
 
     def __enter__(self) -> LLM:
         return self

@@ -17,6 +17,7 @@ from types import FrameType
 import uvicorn
 
 from polybatch.engine.async_llm import AsyncLLM
+from polybatch.engine.heap import freeze_heap
 from polybatch.errors import ConfigError
 from polybatch.server.app import create_app
 from polybatch.server.batches.service import BatchService
@@ -106,6 +107,7 @@ async def serve(llm: AsyncLLM, config: ServerConfig) -> int:
         failed = asyncio.create_task(_stop_when_failed(llm, server))
         reporting = asyncio.create_task(report_status(state.view))
         stop_tracing = _start_tracing(state)
+        freeze_heap()
         await server.serve(sockets)
         is_failed = failed.done()
         failed.cancel()
