@@ -7,8 +7,8 @@ Claim: the time to the first token less than doubles. Two servers with the same 
 large as half of them, sequences included. Requests choose adapters at random, evenly, the worst case for
 any cache. They come as a Poisson process at a rate below what either server can do, the same arrivals for
 both, in turns; the time is the client's, from sending to the first event. How often an adapter was loaded
-is read from /metrics. Servers and client share the machine; pairs in which others used it too do not count
-where enough are left.
+is read from /metrics. Servers and client share the machine; pairs from whose sides others took
+unequal shares of it do not count where enough are left.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.serving import client
-from benchmarks.serving.load import MIN_QUIET_RUNS, MODEL, foreign, percentiles, versions
+from benchmarks.serving.load import MIN_FAIR_RUNS, MODEL, foreign, is_fair, percentiles, versions
 from benchmarks.serving.server import ServerProcess, read_process
 from polybatch.bench import meter, results, workloads
 from polybatch.bench.random_adapters import write_adapters
@@ -34,9 +34,6 @@ from polybatch.bench.runner import adapter_cache, model_spec
 NUM_ADAPTERS = 16
 MAX_MODEL_LEN = 128
 MAX_RATIO = 2.0
-MAX_FOREIGN = 0.1
-"""Of all processors, what others may use during a run that counts; the servers leave half of them idle."""
-
 PROMPT_TOKENS, OUTPUT_TOKENS = 64, 16
 LOADS = "polybatch_adapter_loads_total"
 RESIDENT = 'polybatch_adapters{where="resident"}'
@@ -130,10 +127,8 @@ def main() -> None:
     parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()) / "polybatch-bench-logs")
     arguments = parser.parse_args()
     found = measure(arguments)
-    quiet = [
-        run for run in found["runs"] if all((side["foreign"] or 0) <= MAX_FOREIGN for side in run.values())
-    ]
-    counted = quiet if len(quiet) >= MIN_QUIET_RUNS else found["runs"]
+    fair = [run for run in found["runs"] if is_fair(run["resident"], run["twice"])]
+    counted = fair if len(fair) >= MIN_FAIR_RUNS else found["runs"]
     medians = {
         name: {
             p: statistics.median(run[name]["ttft_ms"][p] for run in counted)
@@ -151,7 +146,7 @@ def main() -> None:
         "versions": versions(),
         "num_adapters": NUM_ADAPTERS,
         "rate": arguments.rate,
-        "num_quiet_runs": len(quiet),
+        "num_fair_runs": len(fair),
         "ttft_ms": medians,
         "ratio": ratios,
         "is_met": ratios["p50"] < MAX_RATIO and ratios["mean"] < MAX_RATIO,

@@ -12,8 +12,8 @@ Server, engine and client share the machine's cores. The client's processor time
 machine of its own it would not be in the server's way, so the loss measured here is an upper limit.
 
 Other work on the machine falsifies times: what of its processors others used during a run is recorded, and
-medians are over the pairs of runs in which that was little, where there are enough of them. The ratio of
-processor times, which hardly depends on it, is given beside.
+medians are over the pairs in which that was much the same on both sides, where there are enough of them. The
+ratio of processor times, which hardly depends on it, is given beside.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ MODEL = "smollm2-135m-instruct"
 MAX_MODEL_LEN = 512
 MAX_LOSS = 0.10
 BAR_CONCURRENCY = 32
-MAX_FOREIGN = 0.04
-"""Of all processors, what others may use during a run that counts."""
+MAX_UNFAIRNESS = 0.04
+"""By how much others' share of the processors may differ between the two sides of a pair that counts."""
 
-MIN_QUIET_RUNS = 3
+MIN_FAIR_RUNS = 3
 NUM_REQUESTS = {1: 6, 8: 32, 32: 96, 128: 256}
 PACKAGES = ("polybatch", "torch", "uvicorn", "uvloop", "httptools", "fastapi", "starlette", "msgspec")
 
@@ -146,9 +146,10 @@ def foreign(before: meter.CpuTimes | None, side: dict[str, Any]) -> float | None
     return round(max(0.0, use.busy - own), 4)
 
 
-def is_quiet(run: dict[str, Any]) -> bool:
-    """Whether others left the machine alone in a pair of runs."""
-    return all((run[side]["foreign"] or 0.0) <= MAX_FOREIGN for side in ("http", "offline"))
+def is_fair(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether others took about as much of the machine, at best nothing, from both sides of a pair."""
+    difference: float = abs((first["foreign"] or 0.0) - (second["foreign"] or 0.0))
+    return difference <= MAX_UNFAIRNESS
 
 
 def describe(run: dict[str, Any]) -> str:
@@ -174,10 +175,10 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     processor_ratio: processor time of the engine alone over that of front and engine.
     """
-    quiet = [run for run in runs if is_quiet(run)]
+    fair = [run for run in runs if is_fair(run["http"], run["offline"])]
     num_runs = len(runs)
-    if len(quiet) >= MIN_QUIET_RUNS:
-        runs = quiet
+    if len(fair) >= MIN_FAIR_RUNS:
+        runs = fair
 
     def median(*path: str) -> float:
         return statistics.median(_at(run, path) for run in runs)
@@ -188,7 +189,8 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "num_tokens": tokens,
         "num_runs": num_runs,
-        "num_quiet_runs": len(quiet),
+        "num_fair_runs": len(fair),
+        "foreign": round(statistics.median(run["http"]["foreign"] or 0.0 for run in runs), 4),
         "tok_s": {side: round(tokens / median(side, "total_s"), 1) for side in sides},
         "ratio": round(statistics.median(run["ratio"] for run in runs), 4),
         "ratio_range": [round(pick(run["ratio"] for run in runs), 4) for pick in (min, max)],
