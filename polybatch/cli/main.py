@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import typer
 
 from polybatch import __version__
-from polybatch.cli import batch, bench, calibrate, chat, info, keys, plan_job, selfcheck, serve, simulate
+from polybatch.cli import batch, bench, calibrate, chat, info, keys, plan, plan_job, selfcheck, serve, simulate
 from polybatch.errors import PolybatchError
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ app.command("bench")(bench.bench)
 app.command("selfcheck")(selfcheck.selfcheck)
 app.command("calibrate")(calibrate.calibrate)
 app.command("simulate")(simulate.simulate)
+app.command("plan")(plan.plan)
 
 
 def _print_version(wanted: bool) -> None:
