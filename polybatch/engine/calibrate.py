@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -56,6 +57,9 @@ LONG_STEP_S = 0.15
 MAX_WAITED = 0.03
 """Share of a step's time that threads may have waited for a processor before it is measured again."""
 
+MIN_UNDISTURBED = 3
+"""Times that count of each step."""
+
 MAX_GIVEN = 8
 """Adapters of the user that are measured besides random ones."""
 
@@ -73,7 +77,7 @@ FILL_BYTE_RANGE = 0x30, 0x3F
 class Measured:
     """A designed step: what it holds, the seconds of each time that counts, how disturbed those were.
 
-    waited: seconds that threads waited for a processor per second of the step.
+    waited: seconds that threads waited for a processor per second of the step, in the worst of these.
     """
 
     shape: StepShape
@@ -205,7 +209,8 @@ class _StepBench:
         self, steps: list[DesignedStep], budget_s: float, progress: Progress | None
     ) -> list[Measured]:
         """Each step's times, in their order; a round before the others counts nothing."""
-        visits: list[list[_Visit]] = [[] for _ in steps]
+        shapes: list[StepShape] = [StepShape()] * len(steps)
+        times: list[list[_Timed]] = [[] for _ in steps]
         todo = list(range(len(steps)))
         rng = random.Random(0)
         for key in self._adapters:
@@ -214,39 +219,42 @@ class _StepBench:
         for round_ in range(MAX_ROUNDS + 1):
             rng.shuffle(todo)
             for i in todo:
-                is_long = bool(visits[i]) and min(visits[i][-1].seconds) > LONG_STEP_S
-                visit = self._visit(steps[i], 1 if round_ == 0 or is_long else TIMED_STEPS)
+                is_long = bool(times[i]) and min(timed.seconds for timed in times[i]) > LONG_STEP_S
+                shapes[i], timed = self._visit(steps[i], 1 if round_ == 0 or is_long else TIMED_STEPS)
                 if round_:
-                    visits[i].append(visit)
-                is_late = round_ > MIN_ROUNDS and time.perf_counter() - began > budget_s
+                    times[i] += timed
                 if progress is not None:
-                    progress(sum(map(bool, visits)), len(steps))
-                if is_late:
+                    progress(sum(map(bool, times)), len(steps))
+                if round_ > MIN_ROUNDS and time.perf_counter() - began > budget_s:
                     break
             if round_ >= MIN_ROUNDS:
-                todo = [i for i in todo if min(visit.waited for visit in visits[i]) > MAX_WAITED]
-            if not todo or (round_ >= MIN_ROUNDS and time.perf_counter() - began > budget_s):
-                break
-        return [_best(found) for found in visits]
+                todo = [i for i in todo if sum(t.waited <= MAX_WAITED for t in times[i]) < MIN_UNDISTURBED]
+                if not todo or time.perf_counter() - began > budget_s:
+                    break
+        return [_best(shape, found) for shape, found in zip(shapes, times, strict=True)]
 
-    def _visit(self, step: DesignedStep, num_timed: int) -> _Visit:
+    def _visit(self, step: DesignedStep, num_timed: int) -> tuple[StepShape, list[_Timed]]:
         """Run a step some times; the first of them brings page tables and fills a pipeline."""
         plan = self._plan(step)
         core, scheduler, log = self._core, self._scheduler, self._core.step_log
         scheduler.next = plan
         core.step()
-        waited, began = waited_s(), time.perf_counter()
+        waited = [waited_s()]
         for _ in range(num_timed):
             core.step()
+            waited.append(waited_s())
         # A device that works ahead still has the last one.
         scheduler.next = None
         if core.is_ahead:
             core.step()
-        share = (waited_s() - waited) / (time.perf_counter() - began)
         records = log.steps_after(self._seen)
         self._seen = records[-1].index
-        times = tuple(record.duration_s for record in records[1:])
-        return _Visit(shape_of(plan, self._page_size), times, share)
+        seconds = [record.duration_s for record in records[1:]]
+        timed = [
+            _Timed((after - before) / took, took)
+            for (before, after), took in zip(pairwise(waited), seconds, strict=True)
+        ]
+        return shape_of(plan, self._page_size), timed
 
     def _plan(self, step: DesignedStep) -> StepPlan:
         """The step as a plan over the bench's own sequences and pages."""
@@ -303,19 +311,21 @@ class _StepBench:
             self._store.remove(ref.name)
 
 
-@dataclass(frozen=True, slots=True)
-class _Visit:
-    shape: StepShape
-    seconds: tuple[float, ...]
+@dataclass(frozen=True, slots=True, order=True)
+class _Timed:
+    """A step that ran. waited: seconds that threads waited for a processor per second of it."""
+
     waited: float
+    seconds: float
 
 
-def _best(visits: list[_Visit]) -> Measured:
-    """Of a step's visits, those that were disturbed least, or too little to matter."""
-    least = min(visit.waited for visit in visits)
-    kept = [visit for visit in visits if visit.waited <= max(1.5 * least, MAX_WAITED)]
-    seconds = tuple(second for visit in kept for second in visit.seconds)
-    return Measured(visits[0].shape, seconds, max(0.0, least))
+def _best(shape: StepShape, times: list[_Timed]) -> Measured:
+    """Of a step's times those that were disturbed too little to matter, or the few least disturbed."""
+    ordered = sorted(times)
+    kept = [timed for timed in ordered if timed.waited <= MAX_WAITED]
+    if len(kept) < MIN_UNDISTURBED:
+        kept = ordered[:MIN_UNDISTURBED]
+    return Measured(shape, tuple(timed.seconds for timed in kept), kept[-1].waited)
 
 
 class _RandomAdapters:
