@@ -12,7 +12,19 @@ from collections.abc import Sequence
 import typer
 
 from polybatch import __version__
-from polybatch.cli import batch, bench, calibrate, chat, info, keys, plan, plan_job, selfcheck, serve, simulate
+from polybatch.cli import (
+    batch,
+    bench,
+    calibrate,
+    chat,
+    info,
+    keys,
+    plan,
+    plan_job,
+    selfcheck,
+    serve,
+    simulate,
+)
 from polybatch.errors import PolybatchError
 
 app = typer.Typer(

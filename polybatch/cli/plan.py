@@ -54,6 +54,9 @@ def plan(
     policy: Annotated[str, typer.Option("--policy", "-p", help="Scheduling policy.")] = "fcfs",
     requests: Annotated[int | None, typer.Option(min=1, help="Only the first so many requests.")] = None,
     seed: Annotated[int, typer.Option(help="Of the workload.")] = 42,
+    traffic_seconds: Annotated[
+        float, typer.Option(min=1, help="Arrivals of each trial; the trace is cut or repeated.")
+    ] = 60.0,
     seconds: Annotated[float, typer.Option(min=0, help="Begin no further layout after so long.")] = 50.0,
     json_out: Annotated[
         Path | None,
@@ -93,7 +96,8 @@ def plan(
     console = Console()
     with console.status("simulating") as status:
         found = search(
-            source, limits, tried, EngineSettings(policy=policy), rate=rate, target=target, seconds=seconds,
+            source, limits, tried, EngineSettings(policy=policy), rate=rate, target=target,
+            traffic_s=traffic_seconds, seconds=seconds,
             progress=lambda layout: status.update(f"simulating {layout.name}"),
         )  # fmt: skip
     console.print(plan_table(found))
