@@ -48,7 +48,7 @@ CHECKED = ("throughput", "ttft_p50", "tpot_p50")
 
 def chat(rng: np.random.RandomState) -> Trace:
     """Short prompts and answers at Poisson times."""
-    num = 60
+    num = 45
     prompts = lengths_by_quantiles(rng, num, 60, 180, 400)
     outputs = lengths_by_quantiles(rng, num, 24, 60, 120)
     return _trace("chat", gamma_arrivals(rng, num, 3.0), prompts, outputs)
@@ -56,7 +56,7 @@ def chat(rng: np.random.RandomState) -> Trace:
 
 def shared_prefixes(rng: np.random.RandomState) -> Trace:
     """Bursts of requests that begin with one of four prefixes of 256 tokens."""
-    num = 60
+    num = 50
     times = gamma_arrivals(rng, num, 4.0, cv=3.0)
     prompts = 256 + rng.randint(8, 120, num)
     which = rng.randint(0, 4, num)
@@ -66,7 +66,7 @@ def shared_prefixes(rng: np.random.RandomState) -> Trace:
 
 def adapters(rng: np.random.RandomState) -> Trace:
     """Six adapters of two ranks beside the base model, and now and then a long prompt."""
-    num = 48
+    num = 40
     prompts = rng.randint(20, 150, num)
     prompts[::8] = 700
     names = [(None, *ADAPTERS)[i] for i in rng.randint(0, 1 + len(ADAPTERS), num)]
@@ -108,8 +108,8 @@ def serve(llm: LLM, trace: Trace) -> dict[str, float]:
     start, waited_before = clock(), waited_s()
     began = _wall()
     pending = list(reversed(trace.requests))
+    now = 0.0
     while pending or core.has_work():
-        now = clock() - start
         while pending and pending[-1].arrival_s <= now:
             request = pending.pop()
             params = SamplingParams(temperature=0, max_tokens=request.num_output, ignore_eos=True)
@@ -117,6 +117,7 @@ def serve(llm: LLM, trace: Trace) -> dict[str, float]:
             core.add_request(request.request_id, prompts[request.request_id], params, ref, stream=True)
         if not core.has_work():
             time.sleep(min(0.002, max(0.0, pending[-1].arrival_s - now)))
+            now = clock() - start
             continue
         outputs = core.step()
         now = clock() - start

@@ -48,24 +48,34 @@ def admission(machine: Machine) -> dict[str, Any]:
 
 
 def adapters(machine: Machine) -> dict[str, Any]:
-    """Throughput under saturation for 2 to 2,000 adapters of ranks 64, 32, 16, 8."""
-    rate = 1.2 * saturated(machine, 2)
-    rows: list[dict[str, Any]] = []
-    for num in (1, 2, 5, 100, 200, 400, 1000, 2000):
-        trace = slora(rate=rate, duration_s=120.0, num_adapters=num)
-        found = report(simulate(trace, machine, _settings("fcfs")))
-        rows.append({"num_adapters": num, "num_used": found.num_adapters, **_short(found)})
-    by = {row["num_adapters"]: row["throughput"] for row in rows}
-    ratios = {
-        "400 over 100": by[400] / by[100],
-        "2000 over 100": by[2000] / by[100],
-        "100 over 2": by[100] / by[2],
+    """Throughput under saturation for 2 to 2,000 adapters of ranks 64, 32, 16, 8.
+
+    A step reads every adapter of its rows, so what counts is how many of those differ: with 64 rows nearly
+    all do from 100 adapters on, as in the paper's runs; with 256 their number goes on growing, and grouping
+    waiting requests by adapter (`adapter_cluster`) is what keeps it down.
+    """
+    ways = {
+        "64 rows": EngineSettings(max_num_seqs=64, enable_prefix_caching=False, has_costs=False),
+        "256 rows": _settings("fcfs"),
+        "256 rows, clusters of 32": EngineSettings(
+            adapter_cluster=32, enable_prefix_caching=False, has_costs=False
+        ),
     }
+    rows: list[dict[str, Any]] = []
+    ratios: dict[str, dict[str, float]] = {}
+    for name, settings in ways.items():
+        by: dict[int, float] = {}
+        for num in (2, 100, 400, 2000):
+            trace = slora(rate=100.0, duration_s=40.0, num_adapters=num)
+            found = report(simulate(trace, machine, settings))
+            by[num] = found.throughput
+            rows.append({"way": name, "num_adapters": num, "num_used": found.num_adapters, **_short(found)})
+        pairs = ((100, 2), (400, 100), (2000, 100))
+        ratios[name] = {f"{more} over {fewer}": by[more] / by[fewer] for more, fewer in pairs}
     return {
-        "claim": "throughput with 400 adapters is at least 0.9 of that with 100",
-        "holds": ratios["400 over 100"] >= 0.9,
+        "claim": "with 400 adapters at least 0.9 of the throughput with 100, where most rows have their own",
+        "holds": ratios["64 rows"]["400 over 100"] >= 0.9,
         "ratios": ratios,
-        "rate": rate,
         "rows": rows,
     }
 
