@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -26,14 +27,17 @@ import torch
 from benchmarks.cuda.lora_layers import PAGE_BYTES, SHAPES, SPEC, Base, Pool, Step, segments_of, uniform, zipf
 from benchmarks.cuda.lora_timing import (
     MODEL_LAYERS,
+    UNFIT,
     VARIANTS,
     WIDE_VARIANTS,
+    WRONG,
     Variant,
     check_variants,
     measure,
     per_launch,
     rehearsal,
     say,
+    say_wrong,
     tune,
     tune_wide,
 )
@@ -45,13 +49,12 @@ from polybatch.kernels.lora.work import GROUPS
 BOUNDS = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-5}
 
 
-def attempt(results: dict, check: Callable[..., None], *args: Any) -> None:
+def attempt(check: Callable[..., None], *args: Any) -> None:
     """What a check finds wrong is said at once, and by the exit status; the rest is still measured."""
     try:
-        check(results, *args)
-    except AssertionError as error:
-        results["wrong"].append(str(error))
-        say(f"WRONG: {error}")
+        check(*args)
+    except (AssertionError, *UNFIT) as error:
+        say_wrong(f"{check.__name__}: {type(error).__name__}: {error}")
 
 
 def check_all(results: dict, seed: int, variant: Variant, dtypes: Iterable[torch.dtype]) -> None:
@@ -69,12 +72,16 @@ def check_all(results: dict, seed: int, variant: Variant, dtypes: Iterable[torch
         for wide in (False, True):
             step = Step(pool, segments, 450, wide=wide)
             for group in range(len(GROUPS)):
-                with variant.chosen():
-                    error = step.check(group, 1)
+                what = f"{variant.name} {dtype} wide={wide} {GROUPS[group]}"
+                try:
+                    with variant.chosen():
+                        error = step.check(group, 1)
+                except (AssertionError, *UNFIT) as reason:
+                    say_wrong(f"{what}: {type(reason).__name__}: {reason}")
+                    continue
                 worst[str(dtype)] = max(worst.get(str(dtype), 0.0), error)
-                assert error < BOUNDS[dtype], (
-                    f"{variant.name} {dtype} wide={wide} {GROUPS[group]}: relative error {error:.2e}"
-                )
+                if not error < BOUNDS[dtype]:
+                    say_wrong(f"{what}: relative error {error:.2e}")
     results["errors"][variant.name] = worst
     say(f"{variant.name}: relative errors against float64: " + ", ".join(
         f"{kind} {error:.1e}" for kind, error in worst.items()
@@ -119,7 +126,7 @@ def run(results: dict, layers: int, seed: int, *, is_quick: bool) -> None:
     begin = time.perf_counter()
     for index, variant in enumerate((VARIANTS[0], VARIANTS[2], VARIANTS[5], WIDE_VARIANTS[2])):
         dtypes = list(BOUNDS) if index % 2 == 0 or not is_quick else [torch.bfloat16]
-        attempt(results, check_all, seed + index, variant, dtypes)
+        attempt(check_all, results, seed + index, variant, dtypes)
     pool, base = Pool(uniform(64, 16), layers, torch.bfloat16), Base(layers)
     cases = {
         "no adapter, 64 rows": ([], 64),
@@ -136,7 +143,7 @@ def run(results: dict, layers: int, seed: int, *, is_quick: bool) -> None:
     }
     steps = {name: Step(pool, segments, rows, wide=False) for name, (segments, rows) in cases.items()}
     for name in ("1 adapter, 256 rows", "64 Zipf, 256 rows", "1 adapter in 128 of 256 rows"):
-        attempt(results, check_variants, name, steps[name], base)
+        attempt(check_variants, results, name, steps[name], base)
     say(f"checked in {time.perf_counter() - begin:.0f} s; what follows is for {MODEL_LAYERS} layers, in ms")
     for name, step in steps.items():
         measure(name, step, base, results["steps"])
@@ -150,8 +157,8 @@ def run(results: dict, layers: int, seed: int, *, is_quick: bool) -> None:
     tune_wide(pool, base, results["tuning"])
 
 
-def _empty() -> dict:
-    return {"errors": {}, "differences": {}, "wrong": [], "steps": [], "launches": {}, "tuning": []}
+def empty_results() -> dict:
+    return {"errors": {}, "differences": {}, "wrong": WRONG, "steps": [], "launches": {}, "tuning": []}
 
 
 def main() -> None:
@@ -159,20 +166,26 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    results: dict = {"device": torch.cuda.get_device_name()} | _empty()
+    results: dict = {"device": torch.cuda.get_device_name()} | empty_results()
     layers, seed = 8, time.time_ns() % 2**31
     begin = time.perf_counter()
-    with rehearsal():
-        run(_empty(), layers, seed, is_quick=options.quick)
+    with rehearsal(os.cpu_count() or 1) as (compiler, wrong):
+        run(empty_results(), 1, seed, is_quick=options.quick)
+        print(f"{len(compiler.calls)} kernels noted in {time.perf_counter() - begin:.0f} s", flush=True)
     print(f"compiled in {time.perf_counter() - begin:.0f} s", flush=True)
-    check_load(results)
-    run(results, layers, seed, is_quick=options.quick)
-    print(f"{time.perf_counter() - begin:.0f} s in all")
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
-    print(json.dumps(results))
-    if results["wrong"]:
-        sys.exit("wrong: " + "; ".join(results["wrong"]))
+    for error in wrong:
+        say_wrong(f"does not compile: {error}")
+    try:
+        attempt(check_load, results)
+        run(results, layers, seed, is_quick=options.quick)
+    finally:
+        # An error of the device ends the run; what was measured until then stays.
+        print(f"{time.perf_counter() - begin:.0f} s in all")
+        if options.json:
+            options.json.write_text(json.dumps(results, indent=1))
+        print(json.dumps(results), flush=True)
+    if WRONG:
+        sys.exit("wrong: " + "; ".join(WRONG))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ SILU_TILES = (64, 8, 4, 3)
 # a program: a divisor of LEAD_ROWS, 1 beyond SHARED_WIDTH.
 NORM_ROWS = (1 << 16, 1 << 14, 16, 3, LEAD_ROWS)
 SHARED_WIDTH = 4096
+# Shared memory in which a norm's turns of B wait.
+STAGED_BYTES = 1 << 16
 # Columns of a block, tokens, warps, stages.
 NORM_TILES = (256, 16, 4, 2)
 # Heads of a program, at most LEAD_ROWS, rows of B in a turn, at least 16, warps.
@@ -137,12 +139,14 @@ class FusedLora:
             block = triton.next_power_of_2(width)
             # Registers hold so many elements of B; those of 32 bits count twice.
             share = (1 + self._lora.is_exact) * block
+            rank_one, rank_few = (min(max(elements // share, 1), 16) for elements in (of_one, of_few))
             self._lora.launcher(rms_norm_rows, (num_rows,))(
                 x[base:], x.stride(0), residual[base:], residual.stride(0), rows, weight,
                 out[base:], out.stride(0), eps, *self._of_rows(group, layer, memory, base),
                 WIDTH=width, BLOCK=block, HAS_CHOSEN=rows is not None, UNIT=self._lora.unit,
-                LEAD=lead if block <= SHARED_WIDTH else 1, RANK_ONE=min(max(of_one // share, 1), 16),
-                RANK_FEW=min(max(of_few // share, 1), 16), STAGES=stages,
+                LEAD=lead if block <= SHARED_WIDTH else 1, RANK_ONE=rank_one, RANK_FEW=rank_few,
+                STAGES_ONE=_stages(stages, 2 * share * rank_one) if rank_one < 16 else 1,
+                STAGES_FEW=_stages(stages, 2 * share * rank_few),
                 num_warps=min(max(block * most_warps // 4096, 1), 16), **early(is_early),
             )  # fmt: skip
         if self._plan.num_wide and rows is None:
@@ -215,6 +219,11 @@ class FusedLora:
             "EXACT": self._lora.is_exact, "AHEAD": TILES_AHEAD and self._lora.is_compiled,
             "num_warps": num_warps, "num_stages": num_stages,
         }  # fmt: skip
+
+
+def _stages(wanted: int, turn_bytes: int) -> int:
+    """Turns of B on their way, of which all but one wait in shared memory."""
+    return min(wanted, 1 + STAGED_BYTES // turn_bytes)
 
 
 __all__ = ["DOWN", "GATE_UP", "QKV", "FusedLora", "O"]

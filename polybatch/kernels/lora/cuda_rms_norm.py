@@ -34,8 +34,8 @@ def rms_norm_rows(
     x, x_stride, residual, residual_stride, chosen, weight, out, out_stride, eps,
     rows, max_rows, tiles, h, memory, words, layer,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_CHOSEN: tl.constexpr, UNIT: tl.constexpr,
-    LEAD: tl.constexpr, RANK_ONE: tl.constexpr, RANK_FEW: tl.constexpr, STAGES: tl.constexpr,
-    EARLY: tl.constexpr,
+    LEAD: tl.constexpr, RANK_ONE: tl.constexpr, RANK_FEW: tl.constexpr, STAGES_ONE: tl.constexpr,
+    STAGES_FEW: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid: rows, or chosen ones, -1 for none; chosen ones leave the residual as it was.
 
@@ -66,12 +66,12 @@ def rms_norm_rows(
     if count == 1:
         _few_rows(x, x_stride, residual, residual_stride, weight, out, out_stride, eps, source, target,
                   count, tile, token, adapters, WIDTH, BLOCK, HAS_CHOSEN, UNIT, 1, RANK_ONE,
-                  STAGES if RANK_ONE < 16 else 1)  # fmt: skip
+                  STAGES_ONE)  # fmt: skip
     elif LEAD > 1 and not HAS_CHOSEN:  # noqa: SIM102 known when compiling, unlike the count
         if count > 1:
             _few_rows(x, x_stride, residual, residual_stride, weight, out, out_stride, eps, source, target,
                       count, tile, token, adapters, WIDTH, BLOCK, HAS_CHOSEN, UNIT, LEAD, RANK_FEW,
-                      STAGES)  # fmt: skip
+                      STAGES_FEW)  # fmt: skip
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def _few_rows(
     x, x_stride, residual, residual_stride, weight, out, out_stride, eps, source, target,
     count, tile, token, adapters,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_CHOSEN: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr = 1,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     kind = out.dtype.element_ty
     n = tl.arange(0, BLOCK)
