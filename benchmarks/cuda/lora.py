@@ -124,7 +124,7 @@ def check_load(results: dict) -> None:
 def run(results: dict, layers: int, seed: int, *, is_quick: bool) -> None:
     """Checks, then times."""
     begin = time.perf_counter()
-    for index, variant in enumerate((VARIANTS[0], VARIANTS[2], VARIANTS[5], WIDE_VARIANTS[2])):
+    for index, variant in enumerate((VARIANTS[0], VARIANTS[2], VARIANTS[5], WIDE_VARIANTS[3])):
         dtypes = list(BOUNDS) if index % 2 == 0 or not is_quick else [torch.bfloat16]
         attempt(check_all, results, seed + index, variant, dtypes)
     pool, base = Pool(uniform(64, 16), layers, torch.bfloat16), Base(layers)

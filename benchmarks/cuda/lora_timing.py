@@ -93,11 +93,26 @@ def say_wrong(text: str) -> None:
         WRONG.append(text)
 
 
-def replay_ms(launch, repeats: int = 20) -> float:
-    """Median time of a captured graph of `launch`; not a number, and said, where a kernel cannot launch."""
-    if _is_rehearsal:
-        launch()
-        return 0.0
+def replays_ms(launches: list[Callable[[], Any]], repeats: int = 20) -> list[float]:
+    """Median times of captured graphs, which take turns, so that a clock that falls falls for all.
+
+    Not a number, and said, where a kernel cannot launch.
+    """
+    graphs = [_capture(launch) for launch in launches]
+    times: list[list[float]] = [[] for _ in graphs]
+    for _ in range(repeats + 3):
+        for graph, took in zip(graphs, times, strict=True):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            if graph is not None:
+                graph.replay()
+            end.record()
+            end.synchronize()
+            took.append(begin.elapsed_time(end) if graph else math.nan)
+    return [float(np.median(took[3:])) for took in times]
+
+
+def _capture(launch: Callable[[], Any]) -> torch.cuda.CUDAGraph | None:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     try:
@@ -105,20 +120,12 @@ def replay_ms(launch, repeats: int = 20) -> float:
             launch()
     except UNFIT as error:
         say_wrong(f"what is timed next cannot launch: {error}")
-        return math.nan
+        return None
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         launch()
-    times = []
-    for _ in range(repeats + 3):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return float(np.median(times[3:]))
+    return graph
 
 
 def row_bytes(step: Step) -> int:
@@ -178,6 +185,7 @@ VARIANTS = (
 WIDE_VARIANTS = (
     VARIANTS[1],
     Variant("ahead", orders("bbbb", is_early=False), {"TILES_AHEAD": True}),
+    Variant("ahead beside", orders("ssss", is_early=False), {"TILES_AHEAD": True}),
     Variant("ahead after early", orders("aaaa", is_early=True), {"TILES_AHEAD": True}),
 )
 
@@ -188,14 +196,24 @@ def measure(name: str, step: Step, base: Base, results: list, variants=VARIANTS,
     space, place = base.buffers(step.num_tokens), Placement(step.num_tokens, torch.bfloat16)
     row = {"name": name, "floor_ms": row_bytes(step) * MODEL_LAYERS / READ_BYTES_PER_S * 1e3,
            "plan_us": step.plan_s * 1e6}  # fmt: skip
-    for variant in (VARIANTS[0], VARIANTS[2]):
-        with variant.chosen():
-            took = replay_ms(lambda: base.run(step, space, place, False), repeats) * scale
-        row["plain early" if variant.schedule.is_early else "plain"] = took
-    for variant in variants:
-        with variant.chosen():
-            took = replay_ms(lambda: base.run(step, space, place, True), repeats) * scale
-        row[variant.name] = took - row["plain"]
+
+    def launch(variant: Variant, is_adapted: bool) -> Callable[[], None]:
+        def layers() -> None:
+            with variant.chosen():
+                base.run(step, space, place, is_adapted)
+
+        return layers
+
+    adapted = {variant.name: launch(variant, True) for variant in variants}
+    plain = {"plain": launch(VARIANTS[0], False), "plain early": launch(VARIANTS[2], False)}
+    launches = plain | adapted
+    if _is_rehearsal:
+        for one in launches.values():
+            one()
+        return
+    times = replays_ms(list(launches.values()), repeats)
+    row |= {name: took * scale for name, took in zip(launches, times, strict=True)}
+    row |= {name: row[name] - row["plain"] for name in adapted}
     results.append(row)
     say(f"{name}: floor {row['floor_ms']:.2f}, plan {row['plan_us']:.0f} us, plain {row['plain']:.2f}, early "
         f"{row['plain early']:.2f} ms; added: "
@@ -265,7 +283,14 @@ def per_launch(name: str, step: Step, base: Base, results: dict, variants=VARIAN
 
 
 def _us(launch: Callable[[int], Any], layers: int) -> float:
-    return replay_ms(lambda: [launch(i) for i in range(layers)], 10) / layers * 1e3
+    def all_layers() -> None:
+        for i in range(layers):
+            launch(i)
+
+    if _is_rehearsal:
+        all_layers()
+        return 0.0
+    return replays_ms([all_layers], 10)[0] / layers * 1e3
 
 
 def tune(pool: Pool, base: Base, results: list, *, is_quick: bool) -> None:
