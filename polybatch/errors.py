@@ -2,6 +2,7 @@
 
     PolybatchError
     ├── RequestError     the request is wrong; it alone fails (HTTP 4xx, or that row's error line)
+    │   └── DeadlineError its deadlines cannot be met at this load (HTTP 429)
     ├── ConfigError      a flag, a config field or a combination of them is wrong; nothing starts
     │   ├── ModelError   the checkpoint cannot be served: missing, malformed or unsupported
     │   └── AdapterError the adapter cannot be served; the base model and other adapters can
@@ -24,6 +25,17 @@ class RequestError(PolybatchError):
     def __init__(self, message: str, field: str | None = None) -> None:
         super().__init__(message)
         self.field = field
+
+
+class DeadlineError(RequestError):
+    """The request is right, but its deadlines cannot be met now; the same may be possible later.
+
+    wait_s: about how long there is to do before it, in seconds.
+    """
+
+    def __init__(self, message: str, wait_s: float = 0.0) -> None:
+        super().__init__(message, "deadlines")
+        self.wait_s = wait_s
 
 
 class ConfigError(PolybatchError):

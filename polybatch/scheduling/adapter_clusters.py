@@ -1,7 +1,8 @@
 """Admission by adapter: a step reads every adapter of its batch, so those who share one are better together.
 
-Once the running batch holds so many distinct adapters, waiting requests that bring no new one go first; nobody
-is passed over more than MAX_PASSED times. Source: adapter clustering of S-LoRA (Sheng et al. 2023), with a bound.
+Once the running batch holds so many distinct adapters, waiting requests that bring no new one go first;
+nobody is passed over more than MAX_PASSED times.
+Source: adapter clustering of S-LoRA (Sheng et al. 2023), with a bound.
 """
 
 from __future__ import annotations

@@ -209,7 +209,7 @@ class Composer:
             if match is None:
                 num_held += 1
                 continue
-            if running and not self._policy.may_admit(track, match, running):
+            if not self._policy.may_admit(track, match, running) and running:
                 break
             if not self._admission.claim(track, match, draft, is_alone=not running):
                 if not running:

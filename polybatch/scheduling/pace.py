@@ -39,7 +39,8 @@ class Pace:
         self._last: StepPlan | None = None
         self._planned_s: float | None = None
         self._num_steps = 0
-        self._refresh(StepShape())
+        self._base = StepShape()
+        self._refresh(self._base)
 
     @property
     def is_known(self) -> bool:
@@ -53,6 +54,20 @@ class Pace:
     def full_s(self) -> float:
         """Seconds of a step with as much prefill as it carries."""
         return self.step_s + self.budget * self.grain_s
+
+    def decode_s(self, num_seqs: int) -> float:
+        """Seconds of a step in which so many sequences decode, each with the context that they have now."""
+        if self._timer is None or num_seqs <= self._base.num_decodes:
+            return self.step_s
+        context = self._base.decode_context // max(1, self._base.num_decodes)
+        return self._timer.costs.predict(
+            StepShape(
+                num_tokens=num_seqs,
+                num_decodes=num_seqs,
+                decode_context=context * num_seqs,
+                num_logits=num_seqs,
+            )
+        )
 
     def begin(self, now: float) -> None:
         """A step is about to be planned: the one before is over."""
@@ -90,6 +105,7 @@ class Pace:
         timer = self._timer
         if timer is None:
             return
+        self._base = base
         self.step_s = timer.costs.predict(base)
         parts = [Part(0, self._most)]
         target_s = inf if self._target_s is None else self._target_s

@@ -21,11 +21,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from polybatch.config import PoolSpec, SchedulerConfig
-from polybatch.errors import ConfigError, EngineError, RequestError
+from polybatch.errors import ConfigError, DeadlineError, EngineError, RequestError
 from polybatch.memory.arena import Arena
 from polybatch.request import AdapterRef, FinishReason, Request, Sequence
 from polybatch.scheduling.admission import Admission
 from polybatch.scheduling.costs import StepCosts
+from polybatch.scheduling.forecast import AdmissionAnswer, Forecast, told
 from polybatch.scheduling.live_tracks import LiveTracks
 from polybatch.scheduling.plan import Chunk, LogitRows, StepPlan, StepResult
 from polybatch.scheduling.policies import policy_named
@@ -57,6 +58,12 @@ class Scheduler:
         self._composer = COMPOSERS[config.batching](
             config, self._arena, self._admission, self._policy, self._tracks, costs
         )
+        self._pace = self._policy.pace if self._policy.is_paced or costs is not None else None
+        self._forecast: Forecast | None = None
+        if costs is not None:
+            self._forecast = Forecast(
+                self._arena, self._admission, self._tracks, self._policy, config.max_num_seqs
+            )
         self._order = 0
         self._num_prefill_tokens = 0
         self._num_output_tokens = 0
@@ -83,7 +90,8 @@ class Scheduler:
         """Accept a request: `params.n` waiting sequences.
 
         All but the first are admitted once the first has computed the prompt's KV, and share it.
-        Raises RequestError if it could not be served even alone, or its id is in use.
+        Raises RequestError if it could not be served even alone, or its id is in use; with refuse_late
+        DeadlineError if its deadlines will not be met.
         """
         request_id = request.request_id
         if request_id in self._tracks.of_request:
@@ -101,7 +109,17 @@ class Scheduler:
             self._order += 1
             tracks.append(track)
         self._tracks.add(tracks)
+        if self._forecast is not None:
+            self._answer(tracks[0], now)
         return [track.seq for track in tracks]
+
+    def answer(self, request_id: str) -> AdmissionAnswer | None:
+        """What was predicted for a live request at its arrival.
+
+        None without deadlines, for rows of batches, or where nothing predicts.
+        """
+        tracks = self._tracks.of_request.get(request_id)
+        return tracks[0].answer if tracks else None
 
     def abort(self, request_id: str) -> list[Sequence]:
         """End all sequences of a request and free their pages at once; empty if it is not live."""
@@ -127,6 +145,8 @@ class Scheduler:
 
     def plan(self, now: float) -> StepPlan | None:
         """Compose the next step; None when nothing waits or runs. Pages in the plan are already taken."""
+        if self._pace is not None:
+            self._pace.begin(now)
         return self._composer.compose(now)
 
     def to_abort(self, now: float) -> list[tuple[str, str]]:
@@ -164,6 +184,10 @@ class Scheduler:
                 self._tracks.retire(track, reason, last if is_named else None, keep=True)
                 finished.append(seq)
         self._policy.served(plan, result)
+        if self._pace is not None:
+            self._pace.served(plan)
+            if not track_of:
+                self._pace.rest()
         return finished
 
     def settle(self, seq: Sequence, position: int, token: int) -> bool:
@@ -232,6 +256,17 @@ class Scheduler:
         """Assert the laws of queues and pages. O(pages + sequences); for tests."""
         self._arena.check(track.seq.pages for track in self._tracks.track_of.values())
         self._tracks.check()
+
+    def _answer(self, track: Track, now: float) -> None:
+        """Predict what a new request will see, and refuse it where it is to be refused."""
+        assert self._forecast is not None
+        due = track.due
+        if due is None or track.is_batch:
+            return
+        track.answer = answer = self._forecast.answer(track, due, now)
+        if self._config.service.refuse_late and not answer.is_met:
+            self.abort(track.seq.request.request_id)
+            raise DeadlineError(told(answer, due), answer.ttft_s)
 
     def _num_shared(self, request: Request) -> int:
         """Tokens in whole pages that are shared whatever the salt."""

@@ -12,6 +12,7 @@ from polybatch.request import Sequence
 
 if TYPE_CHECKING:
     from polybatch.scheduling.deadlines import Due
+    from polybatch.scheduling.forecast import AdmissionAnswer
 
 Key = tuple[float, ...]
 """A place in a policy's order; smaller goes first."""
@@ -31,10 +32,12 @@ class Track:
     adapter: held while it runs. held_by, held_until: it waits for that running sequence to compute so
     many tokens of their common prefix, so that they are not computed twice. due: when its tokens are due,
     None where nothing is promised. num_passed: admissions of later ones that were let past it.
+    answer: what was predicted at its arrival.
     """
 
     __slots__ = (
         "adapter",
+        "answer",
         "capacity",
         "due",
         "held_by",
@@ -76,6 +79,7 @@ class Track:
         self.held_until = 0
         self.due: Due | None = None
         self.num_passed = 0
+        self.answer: AdmissionAnswer | None = None
 
     @property
     def cache_keys(self) -> list[int]:

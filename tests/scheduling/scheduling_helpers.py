@@ -11,8 +11,17 @@ import random
 from collections import Counter
 
 from polybatch.config import PoolSpec, SchedulerConfig
-from polybatch.request import AdapterRef, Request, SamplingParams, Sequence, SequenceStatus
+from polybatch.request import (
+    AdapterRef,
+    Deadlines,
+    Request,
+    SamplingParams,
+    Sequence,
+    SequenceStatus,
+    WorkflowStage,
+)
 from polybatch.scheduling.budget import MIN_PREFILL_TOKENS
+from polybatch.scheduling.costs import StepCosts, shape_of
 from polybatch.scheduling.plan import Chunk, LogitRows, StepPlan, StepResult
 from polybatch.scheduling.policies import BATCH_PRIORITY
 from polybatch.scheduling.scheduler import Scheduler
@@ -45,6 +54,10 @@ def request_of(
     n: int = 1,
     prompt_logprobs: int | None = None,
     min_tokens: int = 0,
+    deadlines: Deadlines | None = None,
+    workflow: WorkflowStage | None = None,
+    arrival_s: float = 0.0,
+    expected_tokens: int | None = None,
 ) -> Request:
     """A request whose prompt is given or, for a number, that many distinct tokens."""
     tokens = list(range(100, 100 + prompt)) if isinstance(prompt, int) else prompt
@@ -62,6 +75,10 @@ def request_of(
         cache_salt=salt,
         tenant=tenant,
         num_shared_tokens=shared,
+        deadlines=deadlines,
+        workflow=workflow,
+        arrival_s=arrival_s,
+        expected_tokens=expected_tokens,
     )
 
 
@@ -149,13 +166,16 @@ class Driver:
         *,
         empty_every: int = 0,
         check_every: int = 1,
+        costs: StepCosts | None = None,
     ) -> None:
         self.config = config
-        self.scheduler = Scheduler(config, pool)
+        self.scheduler = Scheduler(config, pool, costs=costs)
+        self.costs = costs
         self.device = FakeDevice(pool.page_size, empty_every)
         self.check_every = check_every
         self.now = 0.0
         self.live: list[Sequence] = []
+        self.given_up: list[str] = []
         self.plans: list[StepPlan] = []
 
     def add(self, request: Request) -> list[Sequence]:
@@ -169,9 +189,17 @@ class Driver:
         return ended
 
     def plan(self) -> StepPlan | None:
-        """Plan a step and check what must hold for every plan."""
-        self.now += 1
+        """Plan a step and check what must hold for every plan. A step takes a second, or what it costs."""
+        self.now += 1 if self.costs is None else 0
+        for request_id, told in self.scheduler.to_abort(self.now):
+            assert told
+            self.given_up.append(request_id)
+            self.abort(request_id)
+        is_stall_free = self.config.batching == "stall_free"
         decoding = [seq for seq in self.live if seq.status is SequenceStatus.RUNNING and is_decoding(seq)]
+        if self.costs is not None:
+            # Rows of batches may be paused for live requests' sake.
+            decoding = [seq for seq in decoding if seq.request.priority < BATCH_PRIORITY]
         first = self.scheduler._tracks.running[0].seq if self.scheduler._tracks.running else None
         plan = self.scheduler.plan(self.now)
         if plan is None:
@@ -180,13 +208,17 @@ class Driver:
         planned = {chunk.seq: chunk for chunk in plan.chunks}
         assert len(planned) == len(plan.chunks)
         may_yield = first is None or first.request.priority >= BATCH_PRIORITY
+        may_yield = may_yield or not is_stall_free or self.config.policy == "deadline"
         assert may_yield or first in planned, "the first in order did not progress"
         for seq in decoding:
-            assert seq in planned or seq in plan.preempted, "a decode was skipped"
+            assert not is_stall_free or seq in planned or seq in plan.preempted, "a decode was skipped"
         num_decodes = sum(is_decoding(chunk.seq) for chunk in plan.chunks)
         limit = self.config.max_num_batched_tokens
         num_prefill = plan.num_tokens - num_decodes
-        assert num_prefill <= max(limit - num_decodes, min(MIN_PREFILL_TOKENS, limit))
+        if self.costs is None:
+            assert num_prefill <= max(limit - num_decodes, min(MIN_PREFILL_TOKENS, limit))
+        assert num_prefill <= limit
+        assert plan.num_tokens <= limit + self.config.max_num_seqs
         assert not set(planned) & set(plan.preempted)
         used = {seq.adapter.digest for seq in planned if seq.adapter is not None}
         assert set(plan.resident) == used
@@ -198,6 +230,8 @@ class Driver:
         return [] if plan is None else self.complete(plan)
 
     def complete(self, plan: StepPlan) -> list[Sequence]:
+        if self.costs is not None:
+            self.now += self.costs.predict(shape_of(plan, self.device.page_size))
         finished = self.scheduler.commit(plan, self.device.execute(plan))
         for seq in finished:
             assert seq.num_computed == seq.num_tokens - 1
@@ -205,7 +239,7 @@ class Driver:
                 counts = [self.device.scored.pop((seq, position), 0) for position in range(seq.num_prompt)]
                 assert set(counts) == {1}, "a prompt position was scored more or less than once"
         self.forget_ended()
-        if self.check_every and int(self.now) % self.check_every == 0:
+        if self.check_every and len(self.plans) % self.check_every == 0:
             self.scheduler.check()
         return finished
 

@@ -14,6 +14,7 @@ from polybatch.memory.prefix_tree import MatchResult
 from polybatch.request import Request
 from polybatch.scheduling.budget import PrefillBudget, StepSoFar
 from polybatch.scheduling.deadlines import Due, due_of
+from polybatch.scheduling.pace import Pace
 from polybatch.scheduling.track import BATCH_PRIORITY, Key, Track
 from polybatch.scheduling.waiting import Waiting, WaitingQueue
 
@@ -28,9 +29,12 @@ class Policy:
     """First come, first served, and the seam that other policies override.
 
     arena: to be looked at only. costs: predicts a step's time; None where nothing is known about it.
+    pace: how fast steps are; kept up to date by the scheduler.
     """
 
     summary: ClassVar[str] = "first come, first served"
+    is_paced: ClassVar[bool] = False
+    """Whether it looks at `pace`, which is else kept only where there is a cost model."""
     is_planning: ClassVar[bool] = False
     """Whether it looks at all rows of batches that wait, so that more of them are worth having at once."""
 
@@ -38,6 +42,7 @@ class Policy:
         self.config = config
         self.arena = arena
         self.costs = costs
+        self.pace = Pace(config, arena.page_size, costs)
         self._budget = PrefillBudget(config, arena, costs)
 
     def begin(self, now: float) -> None:
@@ -83,8 +88,8 @@ class Policy:
     def may_admit(self, track: Track, match: MatchResult, running: Sequence[Track]) -> bool:
         """Whether a waiting track, next in order, may start in this step; False ends the step's admissions.
 
-        match: what of it is cached. Pages that it needs at once are seen to elsewhere. Not asked where
-        nothing runs, so nobody waits for ever.
+        match: what of it is cached. Pages that it needs at once are seen to elsewhere. Where nothing runs,
+        the answer counts for nothing, so nobody waits for ever.
         """
         return True
 

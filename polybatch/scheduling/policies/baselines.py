@@ -53,17 +53,27 @@ class NewestFirst(Policy):
         return (_class_of(request), -order, order)
 
 
-class EitherEndQueue(WaitingQueue):
-    """Oldest or newest first, as it is set."""
+class EitherEndQueue:
+    """Live requests oldest or newest first, as it is set; then rows of batches."""
 
-    __slots__ = ("is_newest_first",)
+    __slots__ = ("_live", "_rows", "is_newest_first")
 
     def __init__(self) -> None:
-        super().__init__()
+        self._live, self._rows = WaitingQueue(), WaitingQueue()
         self.is_newest_first = False
 
+    def __len__(self) -> int:
+        return len(self._live) + len(self._rows)
+
     def head(self, n: int) -> list[Track]:
-        return self.tail(n) if self.is_newest_first else super().head(n)
+        live = self._live.tail(n) if self.is_newest_first else self._live.head(n)
+        return live + self._rows.head(n - len(live))
+
+    def push(self, track: Track) -> None:
+        (self._rows if track.is_batch else self._live).push(track)
+
+    def remove(self, track: Track) -> None:
+        (self._rows if track.is_batch else self._live).remove(track)
 
 
 class EarlyAbort(Policy):

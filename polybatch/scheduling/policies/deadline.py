@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from polybatch.config import SchedulerConfig
     from polybatch.memory.arena import Arena
     from polybatch.scheduling.costs import StepCosts
-    from polybatch.scheduling.plan import StepPlan, StepResult
 
 BLEND = 8.0
 """A token of prompt puts a request back by so many times what it takes to compute."""
@@ -97,14 +96,14 @@ class Deadline(Policy):
     """Least slack first; late ones later."""
 
     summary: ClassVar[str] = "by deadlines, late ones last"
+    is_paced: ClassVar[bool] = True
 
     def __init__(self, config: SchedulerConfig, arena: Arena, costs: StepCosts | None = None) -> None:
         super().__init__(config, arena, costs)
         self._queue = DeadlineQueue()
-        self._pace = Pace(config, arena.page_size, costs)
         self._stages = StageTimes()
         self._now = 0.0
-        self._num_live = self._num_steps = 0
+        self._num_steps = 0
         self._late_at: list[tuple[float, float, Track]] = []
         """Heap of when waiting requests can no longer be met, by the pace when they were put there."""
         self._given_up: list[Track] = []
@@ -121,19 +120,20 @@ class Deadline(Policy):
         return replace(due, last_s=min(due.last_s, now + stage_s))
 
     def key(self, request: Request, order: int, now: float) -> Key:
-        self._num_live += 1
         due = self.due(request, now)
         kind = ROW if request.priority >= BATCH_PRIORITY else LIVE
         if due is not None and request.workflow is not None:
             return (kind, due.last_s - self._stage_s(request), order)
-        first_s = inf if due is None else due.first_token_s(self._pace.mean_s or self._pace.step_s)
+        first_s = inf if due is None else due.first_token_s(self.pace.mean_s or self.pace.step_s)
         if first_s == inf:
             first_s = (request.arrival_s or now) + NO_DEADLINE_S
-        return (kind, first_s + BLEND * self._pace.grain_s * len(request.prompt_token_ids), order)
+        return (kind, first_s + BLEND * self.pace.grain_s * len(request.prompt_token_ids), order)
 
     def added(self, track: Track) -> None:
         # Siblings follow their first, and a workflow is worth ending late.
-        if track.due is None or track.is_batch or track.seq.index or track.seq.request.workflow is not None:
+        seq = track.seq
+        is_row_or_sibling = track.is_batch or seq.index > 0
+        if track.due is None or is_row_or_sibling or seq.request.workflow is not None:
             return
         late_s = self._late_s(track)
         if late_s < inf:
@@ -145,7 +145,6 @@ class Deadline(Policy):
     def begin(self, now: float) -> None:
         self._now = now
         self._num_steps += 1
-        self._pace.begin(now)
         self._sort_out(now)
 
     def prefills(self, running: list[Track], now: float) -> list[Track]:
@@ -160,31 +159,25 @@ class Deadline(Policy):
         given_up, self._given_up = self._given_up, []
         for track in given_up:
             if track.seq.status is SequenceStatus.WAITING and track.due is not None:
-                yield track, _told(track, track.due, now, self._pace)
+                yield track, _told(track, track.due, now, self.pace)
 
     def admitted(self, track: Track, now: float) -> None:
         self._queue.admitted(track)
         if track.seq.request.workflow is not None:
             self._admitted_s[track] = now
 
-    def served(self, plan: StepPlan, result: StepResult) -> None:
-        self._pace.served(plan)
-
     def finished(self, track: Track) -> None:
-        self._num_live -= 1
-        if self._num_live == 0:
-            self._pace.rest()
         admitted_s = self._admitted_s.pop(track, None)
         workflow = track.seq.request.workflow
         if admitted_s is None or workflow is None:
             return
         if track.seq.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
             # Its last step was planned now, and is over only after it.
-            self._stages.observe(workflow.stage, self._now - admitted_s + self._pace.mean_s)
+            self._stages.observe(workflow.stage, self._now - admitted_s + self.pace.mean_s)
 
     def _stage_s(self, request: Request) -> float:
         """What a stage will take once it runs."""
-        workflow, pace = request.workflow, self._pace
+        workflow, pace = request.workflow, self.pace
         own_s = pace.prefill_s(len(request.prompt_token_ids)) + num_expected(request) * pace.step_s
         return own_s if workflow is None else self._stages.mean_s(workflow.stage, own_s)
 
@@ -209,8 +202,8 @@ class Deadline(Policy):
     def _late_s(self, track: Track) -> float:
         """From when on a waiting track's first token is late even if it starts at once."""
         assert track.due is not None
-        first_s = track.due.first_token_s(self._pace.step_s)
-        return first_s - self._pace.prefill_s(track.seq.num_tokens)
+        first_s = track.due.first_token_s(self.pace.step_s)
+        return first_s - self.pace.prefill_s(track.seq.num_tokens)
 
 
 def _told(track: Track, due: Due, now: float, pace: Pace) -> str:
