@@ -15,8 +15,7 @@ import torch
 
 from polybatch.config import ModelSpec
 from polybatch.execution.cuda_stored import stored_product
-from polybatch.kernels.linear.cuda import PackedLinear
-from polybatch.kernels.linear.cuda_fragment_linear import link_products
+from polybatch.kernels.linear.cuda import PackedLinear, link_products
 from polybatch.kernels.norm.cuda import rms_norm
 from polybatch.models.quantized_weights import QuantizedTensor
 from polybatch.models.weights import LayerWeights, ModelWeights

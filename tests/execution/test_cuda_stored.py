@@ -12,7 +12,6 @@ import torch
 
 from polybatch.execution.cuda_model import FUSED, DeviceWeights
 from polybatch.execution.cuda_stored import stored_product
-from polybatch.kernels.linear import cuda
 from polybatch.kernels.linear.cuda import LinearWorkspace, pack
 from polybatch.models.checkpoint import CheckpointWeights
 from polybatch.models.hugging_face import open_directory
@@ -66,13 +65,10 @@ def columns_of(
     return out.T.cpu()
 
 
-@pytest.mark.parametrize("fragments", [False, True])
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_product_holds_what_the_checkpoint_stores_to_the_last_bit(
-    name: str, fragments: bool, write: Callable[..., tuple[CheckpointWeights, Written]],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(cuda, "FRAGMENTS", fragments)
+    name: str, write: Callable[..., tuple[CheckpointWeights, Written]]
+) -> None:
     weights, layers = write(*FORMATS[name])
     device = held(weights, "int4", torch.float16)
     for product, parts in FUSED.items():

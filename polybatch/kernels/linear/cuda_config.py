@@ -9,9 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-FRAGMENTS = False
-"""Whether 4-bit weights are held for the kernel of `cuda_fragments` instead of that of `cuda_int4`."""
-
 _ANY = 1 << 62
 
 
@@ -20,7 +17,8 @@ class Int4Config:
     """Tile sizes, parts of the inputs, warps, pipeline stages of int4_linear_kernel.
 
     is_scaled: scales multiply weights, not sums. is_dependent: start while the kernel before ends.
-    prefetch_mib: weights the launch sends for meanwhile.
+    prefetch_mib: weights the launch sends for meanwhile. follow_mib: of the next product's weights, sent for
+    while its own last ones arrive, if it knows of one (`link_products`).
     """
 
     block_m: int
@@ -31,6 +29,7 @@ class Int4Config:
     is_scaled: bool = False
     is_dependent: bool = True
     prefetch_mib: int = 0
+    follow_mib: int = 0
 
     @property
     def columns(self) -> int:
@@ -60,6 +59,17 @@ _QKV, _O, _GATE_UP, _DOWN = (6144, 16), (4096, 16), (28672, 16), (4096, 56)
 # Tokens up to, configuration of other shapes, programs wanted there, configurations of Llama-3.1-8B's shapes.
 _CLASSES: tuple[tuple[int, Int4Config, int, dict[tuple[int, int], Int4Config]], ...] = (
     (
+        8,
+        Int4Config(16, 64, 1, 4, 3, prefetch_mib=8),
+        448,
+        {
+            _QKV: Int4Config(16, 64, 4, 4, 3, prefetch_mib=8),
+            _O: Int4Config(8, 32, 8, 2, 3, prefetch_mib=8),
+            _GATE_UP: Int4Config(16, 64, 1, 4, 3, prefetch_mib=8),
+            _DOWN: Int4Config(8, 32, 8, 2, 3, prefetch_mib=8),
+        },
+    ),
+    (
         16,
         Int4Config(16, 64, 1, 4, 3, prefetch_mib=8),
         448,
@@ -78,18 +88,18 @@ _CLASSES: tuple[tuple[int, Int4Config, int, dict[tuple[int, int], Int4Config]], 
             _QKV: Int4Config(32, 64, 4, 4, 3, prefetch_mib=8),
             _O: Int4Config(32, 64, 4, 4, 4, prefetch_mib=8),
             _GATE_UP: Int4Config(32, 128, 1, 8, 3, prefetch_mib=8),
-            _DOWN: Int4Config(32, 128, 8, 8, 3, prefetch_mib=8),
+            _DOWN: Int4Config(32, 64, 6, 4, 3, prefetch_mib=8),
         },
     ),
     (
         64,
-        Int4Config(64, 64, 1, 4, 3),
+        Int4Config(64, 64, 1, 4, 3, is_dependent=False),
         132,
         {
-            _QKV: Int4Config(64, 64, 1, 4, 3),
-            _O: Int4Config(64, 64, 2, 4, 3),
-            _GATE_UP: Int4Config(64, 64, 1, 4, 3),
-            _DOWN: Int4Config(64, 64, 4, 4, 3),
+            _QKV: Int4Config(64, 64, 1, 4, 3, is_dependent=False),
+            _O: Int4Config(64, 64, 2, 4, 3, is_dependent=False),
+            _GATE_UP: Int4Config(64, 64, 1, 4, 3, is_dependent=False),
+            _DOWN: Int4Config(64, 64, 4, 4, 3, is_dependent=False),
         },
     ),
     (
@@ -97,10 +107,20 @@ _CLASSES: tuple[tuple[int, Int4Config, int, dict[tuple[int, int], Int4Config]], 
         Int4Config(64, 64, 1, 4, 3, is_dependent=False),
         264,
         {
-            _QKV: Int4Config(64, 128, 1, 8, 3, is_dependent=False),
-            _O: Int4Config(64, 64, 2, 4, 3, is_dependent=False),
+            _QKV: Int4Config(64, 64, 1, 4, 3, is_dependent=False),
+            _O: Int4Config(64, 64, 1, 4, 3, is_dependent=False),
             _GATE_UP: Int4Config(128, 256, 1, 8, 3, is_scaled=True, is_dependent=False),
             _DOWN: Int4Config(64, 64, 2, 4, 3, is_dependent=False),
+        },
+    ),
+    (
+        256,
+        Int4Config(128, 128, 1, 8, 4, is_scaled=True, is_dependent=False),
+        132,
+        {
+            _O: Int4Config(64, 64, 1, 4, 3, is_dependent=False),
+            _GATE_UP: Int4Config(128, 256, 1, 8, 3, is_scaled=True, is_dependent=False),
+            _DOWN: Int4Config(64, 64, 1, 4, 3, is_dependent=False),
         },
     ),
     (

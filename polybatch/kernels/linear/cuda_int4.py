@@ -19,7 +19,9 @@ calls cuBLAS.
 A program launched early (DEPENDENT) waits for the kernel that makes x, then lets its own successor take
 free places. With PREFETCHES it first sends for some weights, which depend on nothing, so that memory stays
 busy while the kernel before ends, and lets its successor do likewise at once. That pays only where programs
-fill the device: a few of them are placed unevenly among those that wait already.
+fill the device: a few of them are placed unevenly among those that wait already. With FOLLOWED it sends, when
+its own last weights are on their way, for the first ones of the product after it; that needs no early start
+and no place on the device, and spans small kernels between two products.
 
 Sources: MARLIN (Frantar et al. 2024) for the offline layout and the unpacking; the exponent trick as in
 Kim et al. 2022 ("Who says elephants can't run").
@@ -218,7 +220,10 @@ def _load_x(pointers, is_token, inputs_left, column, dtype: tl.constexpr, EVEN_K
     return tl.load(pointers, mask=mask, other=0.0).to(dtype)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "k_tiles", "split", "prefetch"])
+_VARYING = ["num_tokens", "k_tiles", "split", "prefetch", "next_tiles", "next_parts", "next_bytes"]
+
+
+@triton.jit(do_not_specialize=_VARYING)
 def int4_linear_kernel(
     x_ptr,  # [num_tokens, num_in], rows x_stride apart
     words_ptr,  # [k_tiles, rows, 64] int16
@@ -227,6 +232,8 @@ def int4_linear_kernel(
     out_ptr,  # [num_tokens, num_out], rows out_stride apart
     partials_ptr,  # [m tiles, out tiles, split, BLOCK_OUT, BLOCK_M] float32
     arrived_ptr,  # [m tiles * out tiles] int32, zero before and after
+    next_words_ptr,  # FOLLOWED: words and scales of the product after this one
+    next_scales_ptr,
     num_tokens,
     num_in,
     num_out,
@@ -234,6 +241,10 @@ def int4_linear_kernel(
     k_tiles,
     split,
     prefetch,  # PREFETCHES: tiles of inputs to send for early
+    next_rows,
+    next_tiles,
+    next_parts,  # in which the product after this one reads its inputs at once
+    next_bytes,  # FOLLOWED: of its words that each program sends for, a multiple of 512
     x_stride,
     out_stride,
     BLOCK_M: tl.constexpr,
@@ -249,6 +260,7 @@ def int4_linear_kernel(
     ASSEMBLY: tl.constexpr,
     DEPENDENT: tl.constexpr,
     PREFETCHES: tl.constexpr,
+    FOLLOWED: tl.constexpr,
 ):
     """One tile [BLOCK_OUT, BLOCK_M] of y^T over one of `split` stretches of the inputs."""
     # The interpreter does not multiply 16-bit floats rightly.
@@ -291,7 +303,20 @@ def int4_linear_kernel(
             offsets = _load_pairs(offsets_ptr + first * rows + row, ASSEMBLY)
     word_ptrs = words_ptr + row[:, None] * 64 + column[None, :]
     x_ptrs = x_ptr + token[:, None] * x_stride + column[None, :]
+    if FOLLOWED:
+        index = out_tile * split + part
+        begin = index % next_parts * next_tiles // next_parts * next_rows
+        skipped = index // next_parts * next_bytes
+        next_words = next_words_ptr + begin * 64 + skipped // 2
+        next_scales = next_scales_ptr + begin + skipped // 128
+        sender = tl.arange(0, THREADS)
+        # Loads run two steps ahead.
+        send_at = tl.where(m_tile == 0, tl.maximum(first, last - 3), -1)
     for step in range(first, last):
+        if FOLLOWED:
+            next_size = tl.where((sender == 0) & (step == send_at), next_bytes, 0)
+            _prefetch(next_words, next_size)
+            _prefetch(next_scales, next_size // 32)
         tile = step // STEPS
         shift = step % STEPS * COLUMNS
         words = tl.load(word_ptrs + (tile * (rows * 64) + shift))

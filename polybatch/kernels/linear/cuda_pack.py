@@ -1,6 +1,4 @@
-"""The layouts of 4-bit weights: planes, which `cuda_int4` reads, and fragments, which `cuda_fragments` reads.
-
-Planes:
+"""The layout of 4-bit weights that `cuda_int4` reads.
 
     words   [k_tiles, rows, 64] int16: bits 4 j to 4 j + 3 of words[t, r, c] are the value of row r and
             input 256 t + 64 j + c, plus 8. The rows of a tile lie one behind the other, 128 bytes each,
@@ -10,18 +8,7 @@ Planes:
     offsets [k_tiles + 1, rows] int32, 8 - zero of the two groups likewise; None for symmetric weights
 
 Rows are filled up to a multiple of 128 and inputs to one of 256; the spare row of the tables lets the kernel
-fetch a tile ahead.
-
-Fragments, with tiles of 128 inputs:
-
-    words   [k_tiles, rows, 16] int32. Word w of row r, whose lower and upper half hold bits 4 j to 4 j + 3 of
-            the inputs 32 j + 2 w and 32 j + 2 w + 1 of the tile, plus 8, lies where the matrix unit's left
-            operand wants it: of every 16 rows, the words 0-7 come before 8-15; in them thread
-            4 (r % 8) + w % 4 of a warp finds (r, w), (r + 8, w), (r, w + 4), (r + 8, w + 4) in this order.
-    scales  grouped: [k_tiles, rows] int16, the bits of 16-bit floats; per channel: [rows] float32
-    zeros   [k_tiles, rows] uint8; None for symmetric weights
-
-Both are made once at load time, on the device that will use them.
+fetch a tile ahead. Made once at load time, on the device that will use it.
 """
 
 from __future__ import annotations
@@ -72,8 +59,15 @@ def pack_int4(weight: QuantizedTensor) -> Int4Layout:
     Raises ConfigError for groups that are not whole multiples of 128 inputs, or for a number of inputs that
     is no multiple of 8 (rows of activations must begin at 16-byte boundaries).
     """
-    _check_layout(weight)
     num_out, num_in = weight.shape
+    if num_in % 8:
+        raise ConfigError(f"a 4-bit linear layer has {num_in} inputs; the CUDA kernel needs a multiple of 8")
+    if not weight.is_per_channel and weight.group_size % GROUP_INPUTS:
+        raise ConfigError(
+            f"4-bit weights have groups of {weight.group_size} inputs; the CUDA kernel knows groups of "
+            f"{GROUP_INPUTS} (or a multiple) and one scale per output channel: serve them dequantised "
+            "(quantization None)"
+        )
     k_tiles = -(-num_in // K_TILE)
     rows = -(-num_out // ROW_TILE) * ROW_TILE
     values = torch.nn.functional.pad(
@@ -92,81 +86,6 @@ def pack_int4(weight: QuantizedTensor) -> Int4Layout:
     if weight.zeros is not None:
         offsets = _pairs(ZERO - weight.zeros.to(torch.int16), weight.group_size, rows, k_tiles)
     return Int4Layout(num_out, num_in, words.contiguous(), scales, offsets, is_grouped, scales_bf16)
-
-
-@dataclass(frozen=True, slots=True)
-class FragmentLayout:
-    """Packed 4-bit weights of shape [num_out, num_in] in fragment order; the module's docstring says how."""
-
-    num_out: int
-    num_in: int
-    words: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor | None
-    is_grouped: bool
-    scales_bf16: bool
-
-    @property
-    def rows(self) -> int:
-        return self.words.shape[1]
-
-    @property
-    def k_tiles(self) -> int:
-        return self.words.shape[0]
-
-    @property
-    def num_bytes(self) -> int:
-        tables = [self.words, self.scales, *([] if self.zeros is None else [self.zeros])]
-        return sum(t.numel() * t.element_size() for t in tables)
-
-
-def pack_fragments(weight: QuantizedTensor) -> FragmentLayout:
-    """Rearrange a 4-bit weight, bit for bit; raises ConfigError as `pack_int4` does."""
-    _check_layout(weight)
-    num_out, num_in = weight.shape
-    k_tiles = -(-num_in // GROUP_INPUTS)
-    rows = -(-num_out // ROW_TILE) * ROW_TILE
-    values = torch.nn.functional.pad(
-        weight.values, (0, k_tiles * GROUP_INPUTS - num_in, 0, rows - num_out), value=ZERO
-    )
-    # [16 rows: half, row of 8; tile; plane; words: half of 16, half of 8, thread of 4; half of a word]
-    parts = values.view(rows // 16, 2, 8, k_tiles, 4, 2, 2, 4, 2)
-    words = torch.zeros(rows // 16, 2, 8, k_tiles, 2, 2, 4, dtype=torch.int32, device=values.device)
-    for half in range(2):
-        for plane in range(4):
-            words |= parts[:, :, :, :, plane, ..., half].to(torch.int32) << (16 * half + 4 * plane)
-    # -> [tile; 16 rows; half of 16 words; row of 8, thread of 4; half of 8 words, half of 16 rows]
-    words = words.permute(3, 0, 4, 2, 6, 5, 1).reshape(k_tiles, rows, 16)
-    is_grouped = not weight.is_per_channel or weight.zeros is not None
-    dtype = _scale_type(weight.scales)
-    scales_bf16 = dtype == torch.bfloat16
-    if is_grouped:
-        scales = _by_tile(weight.scales.to(dtype).view(torch.int16), weight.group_size, rows, k_tiles)
-    else:
-        scales = torch.nn.functional.pad(weight.scales[:, 0].float(), (0, rows - num_out))
-    zeros = None
-    if weight.zeros is not None:
-        zeros = _by_tile(weight.zeros, weight.group_size, rows, k_tiles)
-    return FragmentLayout(num_out, num_in, words.contiguous(), scales, zeros, is_grouped, scales_bf16)
-
-
-def _by_tile(table: torch.Tensor, group_size: int, rows: int, k_tiles: int) -> torch.Tensor:
-    """[out, groups] -> [k_tiles, rows], an entry for every 128 inputs."""
-    repeats = k_tiles if table.shape[1] == 1 else group_size // GROUP_INPUTS
-    fine = table.repeat_interleave(repeats, dim=1)[:, :k_tiles]
-    return torch.nn.functional.pad(fine, (0, 0, 0, rows - table.shape[0])).T.contiguous()
-
-
-def _check_layout(weight: QuantizedTensor) -> None:
-    num_in = weight.shape[1]
-    if num_in % 8:
-        raise ConfigError(f"a 4-bit linear layer has {num_in} inputs; the CUDA kernel needs a multiple of 8")
-    if not weight.is_per_channel and weight.group_size % GROUP_INPUTS:
-        raise ConfigError(
-            f"4-bit weights have groups of {weight.group_size} inputs; the CUDA kernel knows groups of "
-            f"{GROUP_INPUTS} (or a multiple) and one scale per output channel: serve them dequantised "
-            "(quantization None)"
-        )
 
 
 def holds_exactly(weight: QuantizedTensor) -> bool:
