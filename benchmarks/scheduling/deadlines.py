@@ -1,7 +1,7 @@
 """Deadlines under overload: the policy `deadline` against first come, earliest deadline and shortest first.
 
 Three classes in equal parts: live requests (first token within 6 s, then 100 ms per token), and two that want
-their last token within 60 and 180 s. Chats of Sarathi-Serve's lengths come for two minutes at up to 1.6
+their last token within 60 and 180 s. Chats of Sarathi-Serve's lengths come for two minutes at up to three
 times what the machine can do. Source: the deadline branch of Sarathi-Serve, with its batch classes' times
 divided by ten.
 """
@@ -21,7 +21,7 @@ from polybatch.simulate.workloads.sarathi import sarathi
 
 CLASSES = (Deadlines(ttft_s=6.0, tpot_s=0.1), Deadlines(e2e_s=60.0), Deadlines(e2e_s=180.0))
 BASELINES = ("fcfs", "edf", "shortest_first")
-LOADS = (0.8, 1.1, 1.3, 1.6)
+LOADS = (1.0, 1.6, 2.2, 3.0)
 DURATION_S = 120.0
 
 

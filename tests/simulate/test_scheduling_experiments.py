@@ -1,0 +1,56 @@
+"""Experiments of benchmarks/scheduling that are small enough to be held by every test run."""
+
+from __future__ import annotations
+
+from benchmarks.scheduling import groups, hexgen, sarathi
+from polybatch.scheduling.costs import StepShape
+from polybatch.simulate.machines import h100_8b
+
+
+def test_long_prompts_stretch_times_between_tokens_by_at_most_half() -> None:
+    found = sarathi.long_prompts(h100_8b())
+    assert found["holds"], found["rows"]
+    assert found["rows"][1]["ratio"] > 5
+
+
+def test_the_token_budget_is_the_largest_whose_step_stays_within_the_limit() -> None:
+    machine = h100_8b()
+    limit_s = 5 * machine.decode_s(32, 4096)
+    budget = sarathi.token_budget(machine, limit_s)
+    assert budget % sarathi.TILE == 0
+
+    def step_s(num_tokens: int) -> float:
+        return machine.costs.predict(
+            StepShape(
+                num_tokens=num_tokens + 32,
+                num_decodes=32,
+                num_prefill_tokens=num_tokens,
+                decode_context=32 * 4096,
+                prefill_pairs=num_tokens * 8192,
+            )
+        )
+
+    assert step_s(budget) <= limit_s < step_s(budget + sarathi.TILE)
+
+
+def test_groups_use_all_the_sharing_that_an_lru_cache_loses(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    from dataclasses import replace
+
+    monkeypatch.setattr(groups, "batchllm", lambda: groups_of_few())
+    machine = h100_8b()
+    few_pages = replace(machine, pool=replace(machine.pool, num_pages=1200))
+    rows = groups.shared_prefixes(few_pages)["rows"]
+    assert rows[2]["saved"] > rows[1]["saved"] > rows[0]["saved"]
+    assert rows[2]["time_s"] < rows[1]["time_s"]
+
+
+def groups_of_few():  # type: ignore[no-untyped-def]
+    from polybatch.simulate.workloads.batchllm import batchllm
+
+    return batchllm(num_requests=320, prefix_tokens=2000, private_tokens=200, output_tokens=20)
+
+
+def test_a_slow_machine_takes_its_factor_longer_for_everything() -> None:
+    machine = h100_8b()
+    slow = hexgen.slow(machine, 3.0)
+    assert abs(slow.request_s(5000, 100) / machine.request_s(5000, 100) - 3) < 1e-9
