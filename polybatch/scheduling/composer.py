@@ -110,7 +110,7 @@ class Composer:
         step = self._so_far(draft, prefills, limit_s)
         budget = min(budget, slack.prefill_budget(policy, step, at_least=is_alone))
         budget = self._plan_prefills(prefills, budget, draft)
-        if len(draft.preempted) == num_made_way and all(t.is_batch for t in tracks.waiting.head(1)):
+        if not draft.preempted and all(track.is_batch for track in tracks.waiting.head(1)):
             self._plan_admissions(budget, draft, is_live_only=False)
 
     def _so_far(self, draft: PlanDraft, prefills: list[Track], limit_s: float = inf) -> StepSoFar:
