@@ -12,6 +12,7 @@ from polybatch.simulate.cluster import simulate
 from polybatch.simulate.engine import EngineSettings
 from polybatch.simulate.machines import Machine
 from polybatch.simulate.report import report
+from polybatch.simulate.traces import Trace
 from polybatch.simulate.workloads.batchllm import batchllm
 
 WAYS = {
@@ -21,17 +22,20 @@ WAYS = {
 }
 
 
-def shared_prefixes(machine: Machine) -> dict[str, Any]:
+def shared_prefixes(machine: Machine, trace: Trace | None = None) -> dict[str, Any]:
     """Time, saved prompt tokens and rows per step of each way."""
-    trace = batchllm()
-    optimum = 1 - (400 * 2000 + 6400 * 200) / (6400 * 2200)
+    trace = trace or batchllm()
+    num_tokens = sum(r.num_input for r in trace.requests)
+    prefixes = {r.blocks[0]: r.block_tokens for r in trace.requests}
+    least = sum(prefixes.values()) + sum(r.num_input - r.block_tokens for r in trace.requests)
+    optimum = 1 - least / num_tokens
     rows: list[dict[str, Any]] = []
     for name, (policy, caching) in WAYS.items():
         settings = EngineSettings(policy=policy, enable_prefix_caching=caching)
         run = simulate(trace, machine, settings)
         found = report(run)
         stats = run.replicas[0].scheduler.stats()
-        saved = 1 - stats.num_prefill_tokens / (6400 * 2200)
+        saved = 1 - stats.num_prefill_tokens / num_tokens
         rows.append(
             {"way": name, "time_s": found.wall_s, "saved": saved, "saved_of_optimum": saved / optimum,
              "rows_per_step": found.rows_per_step, "num_steps": found.num_steps,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from benchmarks.scheduling import groups, hexgen, sarathi
 from polybatch.scheduling.costs import StepShape
 from polybatch.simulate.machines import h100_8b
+from polybatch.simulate.workloads.batchllm import batchllm
 
 
 def test_long_prompts_stretch_times_between_tokens_by_at_most_half() -> None:
@@ -33,21 +36,13 @@ def test_the_token_budget_is_the_largest_whose_step_stays_within_the_limit() -> 
     assert step_s(budget) <= limit_s < step_s(budget + sarathi.TILE)
 
 
-def test_groups_use_all_the_sharing_that_an_lru_cache_loses(monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    from dataclasses import replace
-
-    monkeypatch.setattr(groups, "batchllm", lambda: groups_of_few())
+def test_groups_use_all_the_sharing_that_an_lru_cache_loses() -> None:
     machine = h100_8b()
     few_pages = replace(machine, pool=replace(machine.pool, num_pages=1200))
-    rows = groups.shared_prefixes(few_pages)["rows"]
-    assert rows[2]["saved"] > rows[1]["saved"] > rows[0]["saved"]
-    assert rows[2]["time_s"] < rows[1]["time_s"]
-
-
-def groups_of_few():  # type: ignore[no-untyped-def]
-    from polybatch.simulate.workloads.batchllm import batchllm
-
-    return batchllm(num_requests=320, prefix_tokens=2000, private_tokens=200, output_tokens=20)
+    trace = batchllm(num_requests=320, output_tokens=20)
+    rows = groups.shared_prefixes(few_pages, trace)["rows"]
+    assert rows[2]["saved_of_optimum"] >= 0.97 > rows[1]["saved_of_optimum"]
+    assert rows[2]["time_s"] < rows[1]["time_s"] < rows[0]["time_s"]
 
 
 def test_a_slow_machine_takes_its_factor_longer_for_everything() -> None:
