@@ -24,6 +24,7 @@ WAYS = {
     "urgency only": ("round-robin", "deadline"),
     "neither": ("round-robin", "fcfs"),
 }
+FLOORS = ("mixed_floor", "adapted_floor")
 NUM_QUESTIONS = 60
 LOAD = 1.0
 
@@ -32,7 +33,7 @@ def slow(machine: Machine, factor: float = 2.0) -> Machine:
     """The same machine with every step so many times as long."""
     costs = machine.costs
     assert isinstance(costs, CostModel)
-    slower = replace(costs, **{name: getattr(costs, name) * factor for name in COEFFICIENTS})
+    slower = replace(costs, **{name: getattr(costs, name) * factor for name in (*COEFFICIENTS, *FLOORS)})
     return replace(machine, name=f"{machine.name}/{factor:g}", costs=slower)
 
 

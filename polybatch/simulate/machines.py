@@ -129,6 +129,8 @@ def scaled(machine: Machine, *, parameters: float = 1.0, num_devices: int = 1) -
     wide, kv = parameters * share, parameters**0.5 * share
     factors = {
         "base": wide, "per_token": wide, "per_token_beyond": wide, "per_context": kv, "per_pair": kv,
+        "per_shared_context": kv, "per_prefill_context": kv, "per_head": wide, "per_adapter_work": wide,
+        "mixed_floor": wide, "adapted_floor": wide,
         "per_adapter_page": share, "per_adapter_token": wide, "per_load_page": share,
     }  # fmt: skip
     scaled_costs = replace(costs, **{name: getattr(costs, name) * by for name, by in factors.items()})
