@@ -21,8 +21,8 @@ API_KEY, ADMIN_KEY = "soak-client", "soak-admin"
 ANSWER_LIMIT_S = 300.0
 """A live client that waits longer hangs. Far above any queue that this traffic makes."""
 
-BATCH_LIMIT_S = 3600.0
-"""The window of a batch: its rows have only what live traffic leaves, which may be nothing for long."""
+BATCH_WINDOW, BATCH_LIMIT_S = "10m", 630.0
+"""Rows have only what live traffic leaves, which may be nothing until their window nears its end."""
 
 
 WORDS = ("river", "stone", "quiet", "market", "seven", "letters", "winter", "garden", "copper", "signal")
@@ -168,6 +168,7 @@ class Traffic:
             ("/v1/completions", self._body(prompt="x", max_tokens=-1)),
             ("/v1/completions", self._body(prompt="x", temperature="hot")),
             ("/v1/completions", self._body(prompt={"text": "x"})),
+            ("/v1/completions", self._body(prompt=[[1, 2], "x"])),
             ("/v1/completions", self._body(prompt="x", no_such_field=1)),
             ("/v1/completions", self._body(prompt="x " * 3000)),
             ("/v1/completions", self._body(prompt="x") | {"model": "no-such-model"}),
@@ -215,7 +216,7 @@ class Traffic:
         )
         _check(upload.status_code == OK[0], f"upload: {upload.status_code} {upload.text[:300]}")
         source = upload.json()["id"]
-        task = {"input_file_id": source, "endpoint": "/v1/completions", "completion_window": "1h"}
+        task = {"input_file_id": source, "endpoint": "/v1/completions", "completion_window": BATCH_WINDOW}
         batch = await self._post("/v1/batches", task)
         while batch["status"] in ("validating", "in_progress", "finalizing"):
             await asyncio.sleep(0.5)

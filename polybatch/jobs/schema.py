@@ -260,7 +260,7 @@ def _content(value: object, where: str) -> str:
 
 
 def _prompts(value: object) -> tuple[str | tuple[int, ...], ...]:
-    """A string, token ids, or a list of either."""
+    """A string, token ids, or a list of strings or of lists of token ids."""
     one = _prompt(value)
     if one is not None:
         return (one,)
@@ -269,6 +269,11 @@ def _prompts(value: object) -> tuple[str | tuple[int, ...], ...]:
     if not prompts or len(checked) != len(prompts):
         raise RequestError(
             f"prompt is {_show(value)}; it must be a string, a list of token ids, or a list of those",
+            field="prompt",
+        )
+    if len({type(prompt) for prompt in checked}) > 1:
+        raise RequestError(
+            "prompt is a list of texts and token ids; it must hold one kind: split the request",
             field="prompt",
         )
     if len(checked) > MAX_PROMPTS:

@@ -136,6 +136,7 @@ def test_fields_that_ask_for_what_happens_anyway_are_accepted() -> None:
         (COMPLETIONS, {"prompt": []}, "prompt"),
         (COMPLETIONS, {"prompt": [True]}, "prompt"),
         (COMPLETIONS, {"prompt": ["a", 1]}, "prompt"),
+        (COMPLETIONS, {"prompt": [[1, 2], "a"]}, "prompt"),
         (COMPLETIONS, {"prompt": ["a"] * 129}, "prompt"),
     ],
 )

@@ -1,6 +1,7 @@
 """One row of a batch: checked and answered as the same body of a live client would be.
 
-A row is let through when it has a slot, in the lowest class. Where the engine fails or is down, the row is
+A row is let through when it has a slot, in the lowest class, and once more with live requests where its batch
+falls behind meanwhile. Where the engine fails or is down, the row is
 tried again; one that was there several times is tried alone, and given up when it fails alone again.
 """
 
@@ -17,13 +18,14 @@ from polybatch.errors import EngineError, PolybatchError, RequestError
 from polybatch.jobs.lines import Line, parse_envelope
 from polybatch.jobs.responses import error_body
 from polybatch.jobs.rows import Answer, failure
+from polybatch.request import RequestOutput
 from polybatch.scheduling.policies import BATCH_PRIORITY
 from polybatch.server.auth import Caller
 from polybatch.server.batches.objects import Batch
 from polybatch.server.batches.slots import Capacity
 from polybatch.server.call import ServerCall, parse_server_call
 from polybatch.server.errors import HttpError, as_http
-from polybatch.server.generation import prepare
+from polybatch.server.generation import Generation, prepare
 from polybatch.server.routes.completions import whole_answer
 from polybatch.server.state import ServerState
 
@@ -31,6 +33,9 @@ TRIES_TOGETHER, TRIES_ALONE = 2, 2
 """How often the engine may fail while a row is in it, with other rows of batches beside it and without."""
 
 BUSY_STATUSES = (429, 503)
+LOOK_S = 1.0
+"""How often a row in the engine looks whether its batch has fallen behind."""
+
 MAX_WAIT_S = 10.0
 
 
@@ -63,20 +68,44 @@ class RowAnswerer:
     async def _try(self, line: Line) -> Answer:
         await self._state.llm.wait_ready()
         call = self._parse(line)
-        more = call.call.num_sequences - 1
-        self._capacity.add(more)
+        count = call.call.num_sequences
+        is_promoted = self._capacity.promote(count, self._batch)
+        self._capacity.add(count - 1)
         try:
-            generation = await prepare(self._state, call, self._caller)
-            generation.submit(is_queued=False)
-            outputs = await generation.collect()
+            found = await self._generate(call, count, is_promoted)
+            if found is None:
+                is_promoted = True
+                found = await self._generate(call, count, is_promoted)
+                assert found is not None
+            generation, outputs = found
         finally:
-            self._capacity.release(more)
+            self._capacity.release(count - 1)
+            if is_promoted:
+                self._capacity.demote(count)
         identity = {
             "response_id": f"{self._batch.id}-{line.number}",
             "created": int(time.time()),
             "fingerprint": self._state.fingerprint,
         }
         return Answer(200, whole_answer(self._state, generation, outputs, identity), call.call.model)
+
+    async def _generate(
+        self, call: ServerCall, count: int, is_promoted: bool
+    ) -> tuple[Generation, list[RequestOutput]] | None:
+        """Run a row; None, with nothing of it left in the engine, if it was promoted meanwhile."""
+        call = replace(call, priority=0 if is_promoted else BATCH_PRIORITY)
+        generation = await prepare(self._state, call, self._caller)
+        generation.submit(is_queued=False)
+        collecting = asyncio.create_task(generation.collect())
+        try:
+            while not collecting.done():
+                await asyncio.wait((collecting,), timeout=None if is_promoted else LOOK_S)
+                if not (is_promoted or collecting.done()) and self._capacity.promote(count, self._batch):
+                    return None
+            return generation, collecting.result()
+        finally:
+            collecting.cancel()
+            generation.close()
 
     def _parse(self, line: Line) -> ServerCall:
         """Check a line. Raises RequestError or HttpError."""
@@ -96,7 +125,7 @@ class RowAnswerer:
             raise RequestError(
                 "stream is true; rows of a batch are answered whole: remove it", field="stream"
             )
-        return replace(call, priority=BATCH_PRIORITY)
+        return call
 
     def _seeded(self, line: Line, body: dict[str, Any]) -> dict[str, Any]:
         """A row without a seed gets one from the batch and its line, so that a restart changes no answer."""

@@ -20,6 +20,9 @@ MAX_METADATA_VALUE_CHARS = 512
 MIN_EXPIRY_S, MAX_EXPIRY_S = 3_600, 30 * 86_400
 DEFAULT_EXPIRY_S = MAX_EXPIRY_S
 MAX_WINDOW_S = 14 * 86_400
+PACED_FROM, PACED_TO = 0.5, 0.9
+"""Shares of a batch's window: up to the first, rows wait for gaps in live traffic; by the second all should
+be done, so that the last end in time."""
 
 _WINDOW = re.compile(r"([1-9][0-9]{0,6})([smhd])")
 _UNIT_S = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
@@ -101,6 +104,13 @@ class Batch(msgspec.Struct, kw_only=True):
     output_file_id: str | None = None
     error_file_id: str | None = None
     errors: list[dict[str, Any]] = []
+
+    def is_behind(self, now_s: float) -> bool:
+        """Whether fewer rows are done than an even pace from `PACED_FROM` to `PACED_TO` asks."""
+        window_s = max(1, self.expires_s - self.created_s)
+        elapsed = (now_s - self.created_s) / window_s
+        due = min(1.0, (elapsed - PACED_FROM) / (PACED_TO - PACED_FROM))
+        return self.counts.completed + self.counts.failed < due * self.counts.total
 
     def body(self) -> dict[str, Any]:
         return {

@@ -91,7 +91,7 @@ class BatchProcess:
         """Answer rows until there are none, the deadline passes or somebody cancels; decide the outcome."""
         batch = self.batch
         answerer = RowAnswerer(self._state, batch, self._capacity)
-        slots = BatchSlots(self._capacity, batch.expires_s)
+        slots = BatchSlots(self._capacity, batch)
         runner = await io(RowRunner, job, answerer, slots, io, self._count)
         self._count(runner.progress)
         if batch.status is BatchStatus.VALIDATING:

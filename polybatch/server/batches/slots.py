@@ -4,23 +4,31 @@ Rows go to the engine in the lowest class: interactive requests are admitted bef
 pages from them. What is left to bound is how long steps take: while interactive requests run, rows of batches
 get half of the free slots; while one of them waits, no further row is sent. Among batches the one with the
 nearest deadline goes first.
+
+Where interactive requests leave too little, batches would miss their deadlines. Rows of those that fall
+behind are promoted: a few at once, they take their turns with interactive requests.
 """
 
 from __future__ import annotations
 
 import asyncio
-import heapq
 import itertools
+from bisect import insort
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from time import time
 
 from polybatch.server.admission import Admission
+from polybatch.server.batches.objects import Batch
 
 LOOK_AHEAD = 4
 """One completion more than can run per so many, so that the engine never runs dry in between."""
 
 BUSY_SHARE = 2
 """While interactive requests run: one row per so many free slots."""
+
+PROMOTED_SHARE = 4
+"""Of the completions that the engine runs at once, one in so many may be a promoted one."""
 
 TICK_S = 0.02
 """How soon a change of interactive load is seen."""
@@ -31,13 +39,16 @@ class Capacity:
 
     def __init__(self, admission: Admission, max_seqs: int) -> None:
         self._admission, self._max_seqs = admission, max_seqs
-        self._waiting: list[tuple[float, int, asyncio.Future[None]]] = []
+        self._max_promoted = max(1, max_seqs // PROMOTED_SHARE)
+        self._waiting: list[tuple[float, int, asyncio.Future[None], Batch]] = []
         self._order = itertools.count()
         self._alone = asyncio.Lock()
         self._num_suspects = 0
         self._ticker: asyncio.Task[None] | None = None
         self.num_in_flight = 0
         """Completions of batches in the engine, or about to be."""
+        self.num_promoted = 0
+        """Those of them that take their turns with interactive requests."""
 
     @property
     def limit(self) -> int:
@@ -48,18 +59,38 @@ class Capacity:
         free = max(0, self._max_seqs - busy.num_running_seqs)
         return free // BUSY_SHARE if busy.num_running_seqs else free + free // LOOK_AHEAD
 
-    async def acquire(self, deadline_s: float) -> None:
+    def promote(self, count: int, batch: Batch) -> bool:
+        """Let so many completions of one row take their turns with interactive requests, until `demote`.
+
+        False unless the batch is behind and there is room. A row of any size is promoted alone.
+        """
+        if not batch.is_behind(time()) or not self._may_promote(count):
+            return False
+        self.num_promoted += count
+        return True
+
+    def demote(self, count: int) -> None:
+        self.num_promoted -= count
+        self._grant()
+
+    def _may_promote(self, count: int) -> bool:
+        return not self.num_promoted or self.num_promoted + count <= self._max_promoted
+
+    async def acquire(self, batch: Batch) -> None:
         """Wait for a slot; the nearest deadline goes first."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._waiting, (deadline_s, next(self._order), future))
+        entry = (batch.expires_s, next(self._order), future, batch)
+        insort(self._waiting, entry)
         self._grant()
         if self._ticker is None and self._waiting:
             self._ticker = asyncio.create_task(self._tick())
         try:
             await future
         except asyncio.CancelledError:
-            if future.done() and not future.cancelled():
+            if not future.cancelled():
                 self.release()
+            elif entry in self._waiting:
+                self._waiting.remove(entry)
             raise
 
     def release(self, count: int = 1) -> None:
@@ -83,10 +114,21 @@ class Capacity:
 
     def _grant(self) -> None:
         while self._waiting and self.num_in_flight < self.limit:
-            future = heapq.heappop(self._waiting)[2]
-            if not future.done():
-                self.num_in_flight += 1
-                future.set_result(None)
+            self._pop(0)
+        if self._waiting and not self._num_suspects and self._may_promote(1):
+            now_s = time()
+            behind = (i for i, entry in enumerate(self._waiting) if entry[3].is_behind(now_s))
+            first = next(behind, None)
+            if first is not None:
+                # One at a time: it is counted as promoted once it is there.
+                self._pop(first)
+
+    def _pop(self, index: int) -> None:
+        future = self._waiting.pop(index)[2]
+        # A cancelled one takes itself off the list, a moment later.
+        if not future.cancelled():
+            self.num_in_flight += 1
+            future.set_result(None)
 
     async def _tick(self) -> None:
         """Interactive requests come and go without saying so here."""
@@ -99,11 +141,11 @@ class Capacity:
 class BatchSlots:
     """One batch's view of the capacity: `polybatch.jobs.rows.Slots`."""
 
-    def __init__(self, capacity: Capacity, deadline_s: float) -> None:
-        self._capacity, self._deadline_s = capacity, deadline_s
+    def __init__(self, capacity: Capacity, batch: Batch) -> None:
+        self._capacity, self._batch = capacity, batch
 
     async def acquire(self) -> None:
-        await self._capacity.acquire(self._deadline_s)
+        await self._capacity.acquire(self._batch)
 
     def release(self) -> None:
         self._capacity.release()
