@@ -309,13 +309,24 @@ class Logprob:
 
 @dataclass(frozen=True, slots=True)
 class RequestMetrics:
-    """Times on the engine's clock in seconds; None where the request never got there."""
+    """Times on the engine's clock in seconds; None where the request never got there.
+
+    predicted_ttft_s, predicted_e2e_s: seconds from arrival, told at arrival; missed: deadlines that were then
+    expected to be missed. None without deadlines, or where nothing predicts.
+    ttft_met, tpot_met, e2e_met: whether deadlines were kept; None for those that there were not.
+    """
 
     arrival_s: float
     first_scheduled_s: float | None = None
     first_token_s: float | None = None
     finished_s: float | None = None
     num_preemptions: int = 0
+    predicted_ttft_s: float | None = None
+    predicted_e2e_s: float | None = None
+    missed: tuple[str, ...] | None = None
+    ttft_met: bool | None = None
+    tpot_met: bool | None = None
+    e2e_met: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,3 +356,5 @@ class RequestOutput:
     adapter: str | None = None
     metrics: RequestMetrics | None = None
     error: str | None = None
+    error_kind: str = "EngineError"
+    """The class of `polybatch.errors` that the error is of."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from polybatch.cli.options import EngineOptions, with_engine
+from polybatch.config import ServiceLevels
 from polybatch.errors import ConfigError
 from polybatch.scheduling.policies import POLICIES
 
@@ -150,6 +152,42 @@ def serve(
             help="; ".join(f"{name}: {policy.summary}" for name, policy in POLICIES.items()),
         ),
     ] = "fcfs",
+    target_tbt_ms: Annotated[
+        float | None,
+        typer.Option(rich_help_panel=_LIMITS, help="Size prefill so that tokens come at least so often."),
+    ] = None,
+    default_ttft_ms: Annotated[
+        float | None,
+        typer.Option(rich_help_panel=_LIMITS, help="Deadline of the first token, of requests with none."),
+    ] = None,
+    default_tpot_ms: Annotated[
+        float | None, typer.Option(rich_help_panel=_LIMITS, help="The same, for each further token.")
+    ] = None,
+    default_deadline_ms: Annotated[
+        float | None, typer.Option(rich_help_panel=_LIMITS, help="The same, for the last token.")
+    ] = None,
+    late_requests: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=_LIMITS,
+            help="serve them; refuse at arrival what will miss its deadlines; or abort (with the policy "
+            "deadline) what waited until it must miss them.",
+        ),
+    ] = "serve",
+    batch_slowdown: Annotated[
+        float | None,
+        typer.Option(rich_help_panel=_LIMITS, help="Share by which rows of batches may lengthen live steps."),
+    ] = 0.05,
+    max_batch_step_ms: Annotated[
+        float | None,
+        typer.Option(rich_help_panel=_LIMITS, help="Keep steps with rows of batches alone so short."),
+    ] = None,
+    adapter_cluster: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=_LIMITS, help="From so many adapters in a step on, prefer those that run."
+        ),
+    ] = None,
     enable_lora: Annotated[bool, typer.Option(hidden=True)] = True,
     max_loras: Annotated[int | None, typer.Option(hidden=True)] = None,
     max_lora_rank: Annotated[int | None, typer.Option(hidden=True)] = None,
@@ -209,7 +247,20 @@ def serve(
         max_connections=max_connections,
         data_dir=data_dir, max_file_bytes=max_file_bytes, max_tenant_file_bytes=max_tenant_file_bytes,
     )  # fmt: skip
-    settings = engine.engine_settings() | {"policy": scheduling_policy}
+    if late_requests not in ("serve", "refuse", "abort"):
+        raise ConfigError(f"--late-requests is {late_requests!r}; it must be serve, refuse or abort")
+    times = {"target_tbt_s": target_tbt_ms, "ttft_s": default_ttft_ms, "tpot_s": default_tpot_ms,
+             "e2e_s": default_deadline_ms, "max_batch_step_s": max_batch_step_ms}  # fmt: skip
+    levels = ServiceLevels(
+        **{name: ms / 1000 for name, ms in times.items() if ms is not None},
+        refuse_late=late_requests == "refuse", abort_late=late_requests == "abort",
+        batch_slowdown=batch_slowdown,
+    )  # fmt: skip
+    settings = engine.engine_settings() | {
+        "policy": scheduling_policy,
+        "service": asdict(levels) if levels != ServiceLevels() else None,
+        "adapter_cluster": adapter_cluster,
+    }
     llm = AsyncLLM(model, adapters, watch=Watch(stall_s=engine_hang_timeout), **settings)
     status = uvloop.run(run(llm, server))
     if status:

@@ -37,7 +37,14 @@ from polybatch.engine.stats import EngineStats
 from polybatch.errors import AdapterError, ConfigError, EngineError, PolybatchError, RequestError
 from polybatch.log_format import current_format
 from polybatch.mixture import AdapterChoice
-from polybatch.request import AdapterRef, Request, RequestOutput, SamplingParams
+from polybatch.request import (
+    AdapterRef,
+    Deadlines,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    WorkflowStage,
+)
 from polybatch.structured.checker import GrammarChecker
 from polybatch.structured.spec import StructuredSpec
 from polybatch.structured.vocabulary import check_constrainable
@@ -287,12 +294,16 @@ class AsyncLLM:
         cache_salt: str = "",
         tenant: str = "",
         num_shared_tokens: int = 0,
+        deadlines: Deadlines | None = None,
+        workflow: WorkflowStage | None = None,
+        expected_tokens: int | None = None,
     ) -> Request:
         """Check a request for `submit`. prompt: token ids. Raises RequestError."""
         return self._door.prepare(
             f"async-{next(self._ids)}" if request_id is None else request_id,
             prompt, params, adapter, priority=priority, cache_salt=cache_salt, tenant=tenant,
-            num_shared_tokens=num_shared_tokens,
+            num_shared_tokens=num_shared_tokens, deadlines=deadlines, workflow=workflow,
+            expected_tokens=expected_tokens,
         )  # fmt: skip
 
     def submit(self, request: Request, *, is_streamed: bool = True) -> RequestStream:

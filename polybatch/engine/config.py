@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from polybatch.config import (
@@ -20,6 +20,7 @@ from polybatch.config import (
     ModelSpec,
     PoolSpec,
     SchedulerConfig,
+    ServiceLevels,
 )
 from polybatch.errors import ConfigError
 
@@ -60,7 +61,8 @@ class EngineConfig:
         the available memory, or what max_num_seqs sequences of max_model_len can fill if that is less, and
         takes memory for more than half of it only while running sequences need it.
     max_num_batched_tokens: prefill tokens per step. max_num_seqs: sequences that run at once.
-    policy: one of `polybatch.scheduling.policies.POLICIES`. executor: "auto", "cpu" (compiled) or "eager" (the torch reference).
+    policy: one of `polybatch.scheduling.policies.POLICIES`. service, adapter_cluster: as in
+        `SchedulerConfig`. executor: "auto", "cpu" (compiled) or "eager" (the torch reference).
     threads: of the executor; None is one per processor that this process may use.
     tensor_parallel_size: GPUs of this host that share the model, from `device` on.
     seed: for requests without their own.
@@ -78,6 +80,8 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     seed: int = 0
     policy: str = "fcfs"
+    service: ServiceLevels = field(default_factory=ServiceLevels)
+    adapter_cluster: int | None = None
     executor: str = "auto"
     threads: int | None = None
     tensor_parallel_size: int = 1
@@ -203,6 +207,8 @@ def resolve(
             max_model_len=min(wanted_len, num_pages * PAGE_SIZE),
             max_scored_tokens=CUDA_SCORED_TOKENS if executor == "cuda" else None,
             policy=config.policy,
+            service=config.service,
+            adapter_cluster=config.adapter_cluster,
             enable_prefix_caching=config.enable_prefix_caching,
             reserve_pages=reserve_pages,
         ),

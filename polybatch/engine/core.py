@@ -24,9 +24,9 @@ from polybatch.adapters.weights import AdapterWeights
 from polybatch.engine.door import Door
 from polybatch.engine.outputs import Completion, Progress, score_prompt
 from polybatch.engine.ports import AdapterSource, TextTokenizer
-from polybatch.engine.stats import EngineStats, StepTimes
+from polybatch.engine.stats import DeadlineCounts, EngineStats, StepTimes
 from polybatch.engine.step_log import StepLog
-from polybatch.errors import EngineError, RequestError
+from polybatch.errors import DeadlineError, EngineError, RequestError
 from polybatch.execution.executor import AheadExecutor, Executor, Launch
 from polybatch.mixture import AdapterChoice
 from polybatch.request import FinishReason, Request, RequestOutput, SamplingParams, Sequence, SequenceStatus
@@ -93,6 +93,7 @@ class EngineCore:
         self._finished: list[RequestOutput] = []
         self._flight: Flight | None = None
         self._num_submitted = self._num_finished = 0
+        self.deadline_counts = DeadlineCounts()
         self._num_prompt_tokens = self._num_output_tokens = 0
 
     @property
@@ -123,6 +124,8 @@ class EngineCore:
         progress.completions = [Completion(seq, progress, self.tokenizer, grammar) for seq in seqs]
         progress.num_live = len(seqs)
         self._live.update(zip(seqs, progress.completions, strict=True))
+        progress.answer = self.scheduler.answer(request.request_id)
+        progress.deadlines = self.scheduler.deadlines_of(request)
         self._requests[request.request_id] = progress
         self.step_log.submitted(progress)
         self._num_submitted += 1
@@ -158,6 +161,11 @@ class EngineCore:
             return self.drain()
         plan: StepPlan | None = None
         started, now = time.perf_counter(), self._clock()
+        for request_id, told in self.scheduler.to_abort(now):
+            self._requests[request_id].error_kind = DeadlineError.__name__
+            self._end([request_id], FinishReason.ERROR, told)
+        if not self._requests:
+            return self.drain()
         try:
             plan = self.scheduler.plan(now)
             if plan is None and self._flight is None:
@@ -207,6 +215,7 @@ class EngineCore:
             num_finished_requests=self._num_finished,
             num_prompt_tokens=self._num_prompt_tokens,
             num_output_tokens=self._num_output_tokens,
+            deadlines=replace(self.deadline_counts),
             costs=self.step_log.cost_stats(self.costs),
         )
 
@@ -424,6 +433,7 @@ class EngineCore:
         request = progress.request
         del self._requests[request.request_id]
         self._num_finished += 1
+        self.deadline_counts.add(progress.attainment())
         if request.adapter is not None and self.store is not None:
             self.store.release(request.adapter.digest)
         self._finished.append(progress.output(self.tokenizer))

@@ -36,6 +36,8 @@ class DeltaCutter:
             sent = self._sent[output.request_id] = [_Sent() for _ in output.outputs]
         if output.finished:
             del self._sent[output.request_id]
+        metrics = output.metrics
+        is_predicted = metrics is not None and metrics.predicted_ttft_s is not None
         changes = (
             _cut_completion(completion, before)
             for completion, before in zip(output.outputs, sent, strict=True)
@@ -46,8 +48,9 @@ class DeltaCutter:
             is_finished=output.finished,
             num_cached_tokens=output.num_cached_tokens,
             prompt_logprobs=output.prompt_logprobs if is_first else None,
-            metrics=output.metrics if output.finished else None,
-            fault=None if output.error is None else Fault("EngineError", output.error),
+            # What was predicted comes first, what came of it last.
+            metrics=metrics if output.finished or (is_first and is_predicted) else None,
+            fault=None if output.error is None else Fault(output.error_kind, output.error),
         )
 
     def forget(self, request_id: str) -> None:

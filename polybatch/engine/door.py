@@ -14,7 +14,7 @@ from polybatch.config import ModelSpec
 from polybatch.engine.ports import AdapterSource, TextTokenizer
 from polybatch.errors import RequestError
 from polybatch.mixture import AdapterChoice, Mixture, choice_of, mixed_ref
-from polybatch.request import AdapterRef, Request, SamplingParams
+from polybatch.request import AdapterRef, Deadlines, Request, SamplingParams, WorkflowStage
 from polybatch.sampling.random import stream
 from polybatch.structured.grammar import GrammarCompiler
 from polybatch.structured.spec import StructuredSpec
@@ -67,6 +67,9 @@ class Door:
         cache_salt: str = "",
         tenant: str = "",
         num_shared_tokens: int = 0,
+        deadlines: Deadlines | None = None,
+        workflow: WorkflowStage | None = None,
+        expected_tokens: int | None = None,
         add_special_tokens: bool = True,
     ) -> Request:
         """Resolve and check a request.
@@ -108,6 +111,9 @@ class Door:
             cache_salt=cache_salt,
             tenant=tenant,
             num_shared_tokens=num_shared_tokens,
+            deadlines=deadlines,
+            workflow=workflow,
+            expected_tokens=expected_tokens,
         )
 
     def vocabulary(self) -> Vocabulary:

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from polybatch.adapters.store import AdapterStore
-from polybatch.config import ModelSpec
+from polybatch.config import ModelSpec, ServiceLevels
 from polybatch.engine.config import EngineConfig, ResolvedConfig, adapter_bytes, resolve_dtype
 from polybatch.engine.core import EngineCore
 from polybatch.engine.cost_files import cost_key, costs_for
@@ -67,6 +67,8 @@ class LLM:
         enable_prefix_caching: bool = True,
         seed: int = 0,
         policy: str = "fcfs",
+        service: ServiceLevels | Mapping[str, Any] | None = None,
+        adapter_cluster: int | None = None,
         executor: str = "auto",
         threads: int | None = None,
         tensor_parallel_size: int = 1,
@@ -76,6 +78,8 @@ class LLM:
             dtype=dtype, device=device, quantization=quantization, max_model_len=max_model_len,
             memory=memory, max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs,
             enable_prefix_caching=enable_prefix_caching, seed=seed, policy=policy, executor=executor,
+            service=service if isinstance(service, ServiceLevels) else ServiceLevels.of(service or {}),
+            adapter_cluster=adapter_cluster,
             threads=threads, tensor_parallel_size=tensor_parallel_size,
         )  # fmt: skip
         loaded = load_model(str(model))
@@ -84,8 +88,11 @@ class LLM:
         runner = build_executor(loaded.weights, self.config, model=str(loaded.path or model))
         pack = runner.pack_adapter if isinstance(runner, PackingExecutor) else None
         store = AdapterStore(loaded.weights, runner.adapter_pages, pack)
-        scheduler = Scheduler(self.config.scheduler, runner.pool, loaded.fingerprint)
         self.cost_key = cost_key(self.config, str(model), loaded.fingerprint)
+        costs = costs_for(self.cost_key)
+        # What is only learned on the way is planned by where somebody asks for promises.
+        known = costs if costs.is_calibrated or self.config.scheduler.service != ServiceLevels() else None
+        scheduler = Scheduler(self.config.scheduler, runner.pool, loaded.fingerprint, costs=known)
         self._attach(
             EngineCore(
                 runner,
@@ -94,7 +101,7 @@ class LLM:
                 store,
                 max_model_len=self.config.scheduler.max_model_len,
                 seed=seed,
-                costs=costs_for(self.cost_key),
+                costs=costs,
             ),
             str(model),
         )

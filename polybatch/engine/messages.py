@@ -17,6 +17,7 @@ from polybatch.engine.stats import EngineStats
 from polybatch.errors import (
     AdapterError,
     ConfigError,
+    DeadlineError,
     EngineError,
     ModelError,
     PolybatchError,
@@ -28,7 +29,7 @@ from polybatch.request import AdapterRef, FinishReason, Logprob, Request, Reques
 MAX_FRAME_BYTES = 64 << 20
 HEADER_BYTES = 4
 
-Setting = bool | int | float | str | None
+Setting = bool | int | float | str | None | dict[str, bool | int | float | str | None]
 Logprobs = dict[int, Logprob]
 
 
@@ -85,11 +86,15 @@ class Shutdown(msgspec.Struct, array_like=True, frozen=True, tag=True):
 
 
 class Fault(msgspec.Struct, array_like=True, frozen=True):
-    """An error on its way; kind is the name of its class in `polybatch.errors`."""
+    """An error on its way; kind is the name of its class in `polybatch.errors`.
+
+    wait_s: of a DeadlineError.
+    """
 
     kind: str
     message: str
     field: str | None = None
+    wait_s: float = 0.0
 
 
 class Ready(msgspec.Struct, array_like=True, frozen=True, tag=True):
@@ -120,7 +125,10 @@ class CompletionDelta(msgspec.Struct, array_like=True, frozen=True):
 
 
 class RequestDelta(msgspec.Struct, array_like=True, frozen=True):
-    """What one request gained in a step. prompt_logprobs and metrics come with the end."""
+    """What one request gained in a step.
+
+    prompt_logprobs and metrics come with the end; metrics also with the beginning where there was a forecast.
+    """
 
     request_id: str
     completions: list[CompletionDelta]
@@ -211,6 +219,8 @@ _ERRORS: dict[str, type[PolybatchError]] = {
 
 def fault_of(error: BaseException) -> Fault:
     """An error as a message; what nobody raised on purpose is an EngineError."""
+    if isinstance(error, DeadlineError):
+        return Fault("DeadlineError", str(error), error.field, error.wait_s)
     if isinstance(error, RequestError):
         return Fault("RequestError", str(error), error.field)
     name = type(error).__name__
@@ -219,6 +229,8 @@ def fault_of(error: BaseException) -> Fault:
 
 def error_of(fault: Fault) -> PolybatchError:
     """The error that a fault stands for."""
+    if fault.kind == "DeadlineError":
+        return DeadlineError(fault.message, fault.wait_s)
     if fault.kind == "RequestError":
         return RequestError(fault.message, fault.field)
     return _ERRORS.get(fault.kind, EngineError)(fault.message)

@@ -12,6 +12,7 @@ from polybatch.detokenizer import IncrementalDetokenizer, StopChecker
 from polybatch.engine.ports import TextTokenizer
 from polybatch.request import (
     CompletionOutput,
+    Deadlines,
     FinishReason,
     Logprob,
     Request,
@@ -21,6 +22,8 @@ from polybatch.request import (
 )
 from polybatch.sampling.logprobs import TokenLogprobs, gather_logprobs
 from polybatch.sampling.state import SamplingState
+from polybatch.scheduling.deadlines import Attainment, attainment_of
+from polybatch.scheduling.forecast import AdmissionAnswer
 from polybatch.scheduling.plan import Chunk
 from polybatch.structured.grammar import Grammar
 
@@ -137,17 +140,33 @@ class Completion:
 class Progress:
     """One request in the engine. num_live: completions that still run."""
 
-    __slots__ = ("_prompt_maps", "completions", "error", "finished_s", "first_scheduled_s", "first_token_s",
-                 "is_streamed", "num_live", "prompt_logprobs", "request")  # fmt: skip
+    __slots__ = (
+        "_prompt_maps",
+        "answer",
+        "completions",
+        "deadlines",
+        "error",
+        "error_kind",
+        "finished_s",
+        "first_scheduled_s",
+        "first_token_s",
+        "is_streamed",
+        "num_live",
+        "prompt_logprobs",
+        "request",
+    )  # fmt: skip
 
     def __init__(self, request: Request, is_streamed: bool) -> None:
         self.request = request
         self.is_streamed = is_streamed
+        self.answer: AdmissionAnswer | None = None
+        self.deadlines: Deadlines | None = None
         self.completions: list[Completion] = []
         self.num_live = 0
         self.prompt_logprobs: dict[int, TokenLogprobs] = {}
         self._prompt_maps: dict[int, dict[int, Logprob]] = {}
         self.error: str | None = None
+        self.error_kind = "EngineError"
         self.first_scheduled_s: float | None = None
         self.first_token_s: float | None = None
         self.finished_s: float | None = None
@@ -165,14 +184,39 @@ class Progress:
             prompt_logprobs=self._prompt_logprobs(tokenizer),
             num_cached_tokens=seqs[0].num_cached if seqs else 0,
             adapter=request.adapter.name if request.adapter else None,
-            metrics=RequestMetrics(
-                request.arrival_s,
-                self.first_scheduled_s,
-                self.first_token_s,
-                self.finished_s,
-                sum(seq.num_preemptions for seq in seqs),
-            ),
+            metrics=self._metrics(seqs),
             error=self.error,
+            error_kind=self.error_kind,
+        )
+
+    def attainment(self) -> Attainment:
+        """Which deadlines were kept, by the request's first and last token."""
+        if self.deadlines is None or self.finished_s is None:
+            return Attainment()
+        reasons = {completion.finish_reason for completion in self.completions}
+        return attainment_of(
+            self.deadlines,
+            self.request.arrival_s,
+            self.first_token_s,
+            self.finished_s,
+            max((completion.seq.num_output for completion in self.completions), default=0),
+            has_ended_well=reasons <= {FinishReason.STOP, FinishReason.LENGTH},
+        )
+
+    def _metrics(self, seqs: list[Sequence]) -> RequestMetrics:
+        answer, kept = self.answer, self.attainment()
+        return RequestMetrics(
+            self.request.arrival_s,
+            self.first_scheduled_s,
+            self.first_token_s,
+            self.finished_s,
+            sum(seq.num_preemptions for seq in seqs),
+            None if answer is None else answer.ttft_s,
+            None if answer is None else answer.e2e_s,
+            None if answer is None else answer.missed,
+            kept.ttft,
+            kept.tpot,
+            kept.e2e,
         )
 
     def _prompt_logprobs(self, tokenizer: TextTokenizer | None) -> list[dict[int, Logprob] | None] | None:

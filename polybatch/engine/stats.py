@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from polybatch.scheduling.deadlines import Attainment
 from polybatch.scheduling.track import SchedulerStats
 
 
@@ -52,6 +53,26 @@ class CostStats:
     factors: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class DeadlineCounts:
+    """Requests that kept and that missed each kind of deadline; those without it count nowhere."""
+
+    ttft_met: int = 0
+    ttft_missed: int = 0
+    tpot_met: int = 0
+    tpot_missed: int = 0
+    e2e_met: int = 0
+    e2e_missed: int = 0
+
+    def add(self, kept: Attainment) -> None:
+        """Count a request that is over."""
+        for name in ("ttft", "tpot", "e2e"):
+            is_met = getattr(kept, name)
+            if is_met is not None:
+                counter = f"{name}_{'met' if is_met else 'missed'}"
+                setattr(self, counter, getattr(self, counter) + 1)
+
+
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """A snapshot. Totals count since the start; aborted and failed requests count as finished."""
@@ -63,3 +84,4 @@ class EngineStats:
     num_prompt_tokens: int
     num_output_tokens: int
     costs: CostStats = field(default_factory=CostStats)
+    deadlines: DeadlineCounts = field(default_factory=DeadlineCounts)

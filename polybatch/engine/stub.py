@@ -12,15 +12,17 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from polybatch.adapters.weights import AdapterWeights
-from polybatch.config import PoolSpec, SchedulerConfig
+from polybatch.config import PoolSpec, SchedulerConfig, ServiceLevels
 from polybatch.engine.core import EngineCore
 from polybatch.errors import AdapterError, ConfigError, RequestError
 from polybatch.execution.fake import ByteTokenizer, FakeExecutor
 from polybatch.request import AdapterRef
+from polybatch.scheduling.online_cost import OnlineCost
 from polybatch.scheduling.plan import LogitRows, StepPlan
 from polybatch.scheduling.scheduler import Scheduler
 
@@ -44,6 +46,7 @@ def stub_core(
     max_model_len: int | None = None,
     enable_prefix_caching: bool = True,
     policy: str = "fcfs",
+    service: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> EngineCore:
     """The real loop and scheduler over `FakeExecutor`. Raises ConfigError for unknown options."""
@@ -53,6 +56,7 @@ def stub_core(
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len or STUB_MODEL_LEN,
         policy=policy,
+        service=ServiceLevels.of(service or {}),
         enable_prefix_caching=enable_prefix_caching,
     )
     pool = PoolSpec(num_pages, STUB_POOL.page_size, STUB_POOL.page_bytes, STUB_POOL.num_layers)
@@ -60,13 +64,15 @@ def stub_core(
     if is_scripted:
         executor = ScriptedExecutor(pool, step_s)
     store = StubAdapters(adapters or {})
+    costs = OnlineCost()
     return EngineCore(
         executor,
-        Scheduler(config, executor.pool),
+        Scheduler(config, executor.pool, costs=costs if service else None),
         ByteTokenizer(),
         store,
         max_model_len=config.max_model_len,
         seed=seed,
+        costs=costs,
     )
 
 

@@ -23,9 +23,10 @@ from collections.abc import Iterable
 from polybatch.config import PoolSpec, SchedulerConfig
 from polybatch.errors import ConfigError, DeadlineError, EngineError, RequestError
 from polybatch.memory.arena import Arena
-from polybatch.request import AdapterRef, FinishReason, Request, Sequence
+from polybatch.request import AdapterRef, Deadlines, FinishReason, Request, Sequence
 from polybatch.scheduling.admission import Admission
 from polybatch.scheduling.costs import StepCosts
+from polybatch.scheduling.deadlines import deadlines_of
 from polybatch.scheduling.forecast import AdmissionAnswer, Forecast, told
 from polybatch.scheduling.live_tracks import LiveTracks
 from polybatch.scheduling.plan import Chunk, LogitRows, StepPlan, StepResult
@@ -113,6 +114,10 @@ class Scheduler:
             self._answer(tracks[0], now)
         return [track.seq for track in tracks]
 
+    def deadlines_of(self, request: Request) -> Deadlines | None:
+        """A request's own deadlines, or those of its class."""
+        return deadlines_of(request, self._config.service)
+
     def answer(self, request_id: str) -> AdmissionAnswer | None:
         """What was predicted for a live request at its arrival.
 
@@ -151,7 +156,9 @@ class Scheduler:
 
     def to_abort(self, now: float) -> list[tuple[str, str]]:
         """Requests that the policy gives up, and what they are told; the caller is to end them."""
-        return [(track.seq.request.request_id, told) for track, told in self._policy.to_abort(now)]
+        return list(
+            {track.seq.request.request_id: told for track, told in self._policy.to_abort(now)}.items()
+        )
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
         """Take a step's tokens in; returns the sequences that it finished.

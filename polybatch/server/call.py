@@ -13,7 +13,9 @@ from typing import Any, TypeVar
 
 from polybatch.errors import RequestError
 from polybatch.jobs.schema import Call, Endpoint, parse_call
+from polybatch.request import Deadlines, WorkflowStage
 from polybatch.server.config import ServerConfig
+from polybatch.server.deadline_fields import arrival_clock, deadlines_from, workflow_from
 from polybatch.server.gate import REQUEST_ID
 
 T = TypeVar("T", bound=object)
@@ -32,6 +34,7 @@ class ServerCall:
     wants_prompt_logprobs: as a field of their own.
     priority: lower first. adapter_id, lora: as sent, None where absent. template: variables of the chat
     template. truncate_prompt_tokens: only so many of the prompt's last tokens are kept.
+    deadlines, workflow, expected_tokens: as in `polybatch.request.Request`.
     """
 
     call: Call
@@ -49,6 +52,9 @@ class ServerCall:
     add_special_tokens: bool = True
     truncate_prompt_tokens: int | None = None
     template: dict[str, Any] = field(default_factory=dict)
+    deadlines: Deadlines | None = None
+    workflow: WorkflowStage | None = None
+    expected_tokens: int | None = None
 
     @property
     def is_chat(self) -> bool:
@@ -56,9 +62,16 @@ class ServerCall:
 
 
 def parse_server_call(
-    endpoint: Endpoint, body: Mapping[str, Any], config: ServerConfig, policy: str
+    endpoint: Endpoint,
+    body: Mapping[str, Any],
+    config: ServerConfig,
+    policy: str,
+    headers: Mapping[str, str] | None = None,
 ) -> ServerCall:
-    """Check a decoded body. policy: the scheduler's. Raises RequestError that names the field."""
+    """Check a decoded body. policy: the scheduler's. headers: those that say deadlines, in lower case.
+
+    Raises RequestError that names the field.
+    """
     rest = {name: value for name, value in body.items() if value is not None}
     is_streamed = _take(rest, "stream", bool, False)
     options = _take(rest, "stream_options", dict, None)
@@ -75,7 +88,11 @@ def parse_server_call(
         "adapter_id": rest.pop("adapter_id", None),
         "lora": rest.pop("lora", None),
         "truncate_prompt_tokens": _truncation(rest),
+        "deadlines": deadlines_from(rest, headers or {}),
+        "workflow": workflow_from(rest.pop("workflow", None), arrival_clock()),
+        "expected_tokens": _expected(rest),
     }
+    rest.pop("deadlines", None)
     if endpoint is Endpoint.CHAT:
         own["template"] = _template(rest)
         own["add_special_tokens"] = _take(rest, "add_special_tokens", bool, False)
@@ -157,6 +174,13 @@ def _truncation(fields: dict[str, Any]) -> int | None:
         raise RequestError(
             f"truncate_prompt_tokens is {count}; it must be positive", field="truncate_prompt_tokens"
         )
+    return count
+
+
+def _expected(fields: dict[str, Any]) -> int | None:
+    count: int | None = _take(fields, "expected_tokens", int, None)
+    if count is not None and count < 1:
+        raise RequestError(f"expected_tokens is {count}; it must be positive", field="expected_tokens")
     return count
 
 

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from polybatch.engine.async_llm import EngineDownError
-from polybatch.errors import ConfigError, PolybatchError, RequestError
+from polybatch.errors import ConfigError, DeadlineError, PolybatchError, RequestError
 from polybatch.jobs.responses import error_body
 
 logger = logging.getLogger("polybatch.server")
@@ -76,6 +76,8 @@ def as_http(error: Exception) -> HttpError:
     match error:
         case HttpError():
             return error
+        case DeadlineError():
+            return busy(str(error), max(1, round(error.wait_s)), "deadline_unattainable")
         case RequestError():
             return HttpError(400, str(error), param=error.field)
         case ConfigError():

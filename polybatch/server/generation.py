@@ -194,6 +194,9 @@ async def prepare(state: ServerState, call: ServerCall, caller: Caller) -> Gener
                 priority=call.priority,
                 cache_salt=f"{caller.tenant}/{call.cache_salt}",
                 tenant=caller.tenant,
+                deadlines=call.deadlines,
+                workflow=call.workflow,
+                expected_tokens=call.expected_tokens,
                 # Who asks for a cache of its own shares nothing.
                 num_shared_tokens=(
                     0 if call.cache_salt else state.shared_prefixes.num_shared(caller.tenant, ids)

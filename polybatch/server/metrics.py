@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -163,6 +164,13 @@ class ServerMetrics(Collector):
                 "output": times.output_s,
             },
         )
+        kept = CounterMetricFamily(
+            f"{_OWN}deadlines", "Requests with a deadline, by kind and whether it was kept",
+            labels=("kind", "kept"),
+        )  # fmt: skip
+        for name, count in asdict(snapshot.stats.deadlines).items():
+            kept.add_metric(tuple(name.split("_")), count)
+        yield kept
         costs = snapshot.stats.costs
         yield _by(
             CounterMetricFamily(

@@ -33,7 +33,7 @@ polybatch_engine_up polybatch_engine_restarts polybatch_pages polybatch_adapters
 polybatch_adapter_requests polybatch_adapter_tokens polybatch_sequences_running polybatch_sequences_waiting
 polybatch_steps polybatch_step_tokens polybatch_step_seconds polybatch_queued_completions http_requests
 polybatch_step_cost_seconds polybatch_step_cost_error polybatch_step_cost_factor
-polybatch_step_cost_calibrated
+polybatch_step_cost_calibrated polybatch_deadlines
     """.split()  # noqa: SIM905
 )
 

@@ -37,6 +37,18 @@ _LORA: dict[str, Any] = {
         "properties": {"id": {"type": "string"}, "scale": {"type": "number"}},
     },
 }  # fmt: skip
+_MS: dict[str, Any] = {"type": ["number", "null"], "exclusiveMinimum": 0}
+_DEADLINES: dict[str, Any] = {
+    "type": ["object", "null"], "additionalProperties": False,
+    "properties": {"ttft_ms": _MS, "tpot_ms": _MS, "e2e_ms": _MS},
+}  # fmt: skip
+_WORKFLOW: dict[str, Any] = {
+    "type": ["object", "null"], "additionalProperties": False, "required": ["id", "stage", "deadline_ms"],
+    "properties": {
+        "id": {"type": "string"}, "stage": {"type": "string"}, "deadline_ms": _MS,
+        "remaining": {"type": "array", "items": {"type": "string"}, "maxItems": 1024},
+    },
+}  # fmt: skip
 
 Count = Annotated[int, Meta(ge=0)]
 Positive = Annotated[int, Meta(ge=1)]
@@ -126,6 +138,16 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
         Positive | None, Meta(description="Keep only so many of the prompt's last tokens.")
     ] = None
     add_special_tokens: bool | None = None
+    deadlines: Annotated[
+        Any, Meta(description="When tokens are due, in milliseconds.", extra_json_schema=_DEADLINES)
+    ] = None
+    workflow: Annotated[
+        Any,
+        Meta(description="A call's place in a workflow with one deadline.", extra_json_schema=_WORKFLOW),
+    ] = None
+    expected_tokens: Annotated[
+        Positive | None, Meta(description="How long the output is likely to be; no limit.")
+    ] = None
 
 
 class TextPart(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="text"):

@@ -20,6 +20,7 @@ from polybatch.server.auth import caller_of
 from polybatch.server.bodies import decode_object, read_body
 from polybatch.server.call import ServerCall, parse_server_call
 from polybatch.server.chunks import ChunkWriter
+from polybatch.server.deadline_fields import answer_headers
 from polybatch.server.echo import EchoedPrompt, add_echo, echoed, without_completions
 from polybatch.server.errors import as_http
 from polybatch.server.generation import Generation, prepare
@@ -52,7 +53,7 @@ async def _answer(request: Request, endpoint: Endpoint) -> Response:
     state = state_of(request)
     policy = str(state.llm.settings.get("policy") or "fcfs")
     body = decode_object(await read_body(request, state.config))
-    call = parse_server_call(endpoint, body, state.config, policy)
+    call = parse_server_call(endpoint, body, state.config, policy, request.headers)
     if call.request_id is not None:
         request.state.request_id = call.request_id
     generation = await unless_gone(request.receive, prepare(state, call, caller_of(request)))
@@ -65,7 +66,8 @@ async def _answer(request: Request, endpoint: Endpoint) -> Response:
         return await _stream(request, state, call, generation, identity)
     generation.submit()
     outputs = await unless_gone(request.receive, generation.collect())
-    return JSONResponse(whole_answer(state, generation, outputs, identity))
+    told = answer_headers(outputs[0].metrics) if outputs else {}
+    return JSONResponse(whole_answer(state, generation, outputs, identity), headers=told)
 
 
 def whole_answer(
@@ -96,7 +98,10 @@ async def _stream(
     except BaseException:
         generation.close()
         raise
-    return EventStream(_events(writer, first, deltas), generation.close, state.config.send_timeout_s)
+    return EventStream(
+        _events(writer, first, deltas), generation.close, state.config.send_timeout_s,
+        headers=answer_headers(first[1].metrics),
+    )  # fmt: skip
 
 
 async def _first(deltas: AsyncIterator[tuple[int, RequestDelta]]) -> tuple[int, RequestDelta]:
