@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from polybatch.adapters.weights import AdapterWeights
 from polybatch.detokenizer import DecodesTokens
 from polybatch.request import AdapterRef
+
+if TYPE_CHECKING:  # it brings torch, which --help need not wait for
+    from polybatch.adapters.weights import AdapterWeights
 
 
 class TextTokenizer(DecodesTokens, Protocol):
