@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from server_helpers import RunningServer
+from server.server_helpers import RunningServer
 
 from polybatch.cli.main import main
 
