@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from polybatch.scheduling.costs import COEFFICIENTS, CostModel
+from polybatch.scheduling.costs import COEFFICIENTS, FLOORS, CostModel
 from polybatch.simulate.cluster import simulate
 from polybatch.simulate.engine import EngineSettings
 from polybatch.simulate.machines import Machine
@@ -24,7 +24,6 @@ WAYS = {
     "urgency only": ("round-robin", "deadline"),
     "neither": ("round-robin", "fcfs"),
 }
-FLOORS = ("mixed_floor", "adapted_floor")
 NUM_QUESTIONS = 60
 LOAD = 1.0
 

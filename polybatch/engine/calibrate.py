@@ -48,11 +48,8 @@ from polybatch.scheduling.plan import AdapterLoad, Chunk, LogitRows, StepPlan
 Progress = Callable[[int, int], None]
 """Told of steps done and their number."""
 
-TIMED_STEPS = 3
-"""Per visit of a design, after a first that brings its page tables and, on a GPU, fills the pipeline."""
-
-LONG_STEP_S = 0.15
-"""Of steps that take longer, one is enough per visit."""
+MAX_TIMED_STEPS, TIMED_S = 8, 0.15
+"""A visit of a design times so many steps of it, fewer where they take longer than this together, but two."""
 
 MAX_WAITED = 0.03
 """Share of a step's time that threads may have waited for a processor before it is measured again."""
@@ -119,7 +116,8 @@ class Calibration:
             hinge=model.hinge,
             row_sizes=model.row_sizes,
             mixed_floor=model.mixed_floor,
-            adapted_floor=model.adapted_floor,
+            short_floor=model.short_floor,
+            long_floor=model.long_floor,
             median_error=quantile(self.errors(), 0.5),
             p95_error=self.p95_error,
             num_fitted=len(self.fitted),
@@ -211,6 +209,7 @@ class _StepBench:
         """Each step's times, in their order; a round before the others counts nothing."""
         shapes: list[StepShape] = [StepShape()] * len(steps)
         times: list[list[_Timed]] = [[] for _ in steps]
+        seconds = [0.0] * len(steps)
         todo = list(range(len(steps)))
         rng = random.Random(0)
         for key in self._adapters:
@@ -219,8 +218,9 @@ class _StepBench:
         for round_ in range(MAX_ROUNDS + 1):
             rng.shuffle(todo)
             for i in todo:
-                is_long = bool(times[i]) and min(timed.seconds for timed in times[i]) > LONG_STEP_S
-                shapes[i], timed = self._visit(steps[i], 1 if round_ == 0 or is_long else TIMED_STEPS)
+                most = min(MAX_TIMED_STEPS, max(2, int(TIMED_S / seconds[i]))) if round_ else 1
+                shapes[i], timed = self._visit(steps[i], most)
+                seconds[i] = min(each.seconds for each in timed)
                 if round_:
                     times[i] += timed
                 if progress is not None:
@@ -234,13 +234,16 @@ class _StepBench:
         return [_best(shape, found) for shape, found in zip(shapes, times, strict=True)]
 
     def _visit(self, step: DesignedStep, num_timed: int) -> tuple[StepShape, list[_Timed]]:
-        """Run a step some times; the first of them brings page tables and fills a pipeline."""
+        """Run a step some times; the first brings page tables and fills a pipeline, which the last empties.
+
+        Either says little of a step among others: the last one's launch is over before its time begins.
+        """
         plan = self._plan(step)
         core, scheduler, log = self._core, self._scheduler, self._core.step_log
         scheduler.next = plan
         core.step()
         waited = [waited_s()]
-        for _ in range(num_timed):
+        for _ in range(num_timed + core.is_ahead):
             core.step()
             waited.append(waited_s())
         # A device that works ahead still has the last one.
@@ -249,10 +252,10 @@ class _StepBench:
             core.step()
         records = log.steps_after(self._seen)
         self._seen = records[-1].index
-        seconds = [record.duration_s for record in records[1:]]
+        seconds = [record.duration_s for record in records[1 : 1 + num_timed]]
         timed = [
             _Timed((after - before) / took, took)
-            for (before, after), took in zip(pairwise(waited), seconds, strict=True)
+            for (before, after), took in zip(pairwise(waited), seconds, strict=False)
         ]
         return shape_of(plan, self._page_size), timed
 

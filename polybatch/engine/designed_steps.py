@@ -103,7 +103,7 @@ def _designs(room: Room) -> Iterator[DesignedStep]:
         yield DesignedStep(prefills=((0, n_new),) * count, ends=True)
     for batch, context, start, n_new in (
         (4, 256, 0, 64), (8, 1024, 0, 256), (16, 512, 512, 128), (32, 256, 0, 512), (64, 512, 0, 128),
-        (128, 512, 1024, 512), (128, 256, 0, 2048),
+        (128, 512, 1024, 512), (128, 256, 0, 2048), (32, 8000, 0, 512), (32, 8000, 0, 32), (192, 1024, 0, 32),
     ):  # fmt: skip
         yield DesignedStep((context,) * batch, ((start, n_new),))
     for batch, shared, own in ((8, 512, 64), (32, 1024, 64), (64, 2048, 128), (128, 1024, 256)):
@@ -129,6 +129,15 @@ def _adapter_designs(num: int) -> Iterator[DesignedStep]:
     for rank, n_new in ((8, 64), (64, 64), (16, 512), (64, 512), (16, 2048)):
         yield DesignedStep(prefills=((0, n_new),), adapters=((rank, 0),))
     yield DesignedStep((256,) * 16, ((0, 64),) * 4, adapters=every)
+    # A GPU has kernels for adapters of few tokens, others for those of many: either alone, then both.
+    few, some = every[: len(RANKS)], ((16, 0), (64, 0), None)
+    for batch, n_new in ((2, 16), (16, 16), (48, 32), (2, 256), (16, 256), (48, 512)):
+        yield DesignedStep((256,) * batch, ((0, n_new),), adapters=few)
+    yield DesignedStep(prefills=((0, 256),) * 3, adapters=few)
+    yield DesignedStep((512,) * 8, ((0, 512),) * 4, adapters=every)
+    yield DesignedStep((256,) * 16, ((0, 1024), (512, 512)), adapters=some)
+    yield DesignedStep((256,) * 8, ((0, 4096),), adapters=((64, 0),))
+    yield DesignedStep((1024,) * 4, ((0, 2048),) * 3, adapters=few)
     for rank in RANKS:
         yield DesignedStep((256,) * 8, loads=((rank, 0),))
     yield DesignedStep((256,) * 4, ((0, 256),), loads=((16, 0), (32, 0)))

@@ -11,11 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from functools import partial
 from operator import mul
+from typing import Any
 
 from polybatch.errors import ConfigError
-from polybatch.scheduling.costs import COEFFICIENTS, CostModel, StepCosts, StepShape, amounts
+from polybatch.scheduling.costs import (
+    COEFFICIENTS,
+    FLOORS,
+    CostModel,
+    StepCosts,
+    StepShape,
+    amounts,
+    launches,
+)
 
 HINGES = tuple(sorted({base << power for base in (8, 12) for power in range(11)}))
 """Where the hinge is searched, in tokens."""
@@ -30,10 +39,13 @@ MIN_SCALE = 0.005
 RIDGE = 1e-7
 """Against unknowns that the steps cannot tell apart."""
 
-FLOOR_MARGIN = 1.1
-"""A step that took no longer than so many times its floor may have waited for that alone."""
+FLOOR_MARGIN = 1.3
+"""A step that took no longer than so many times the fastest alike is at first taken to wait for launches."""
 
 MIN_AT_FLOOR = 5
+"""Steps that have to wait for launches before floors are believed in."""
+
+MAX_TURNS = 12
 
 Row = Sequence[float]
 
@@ -60,29 +72,83 @@ def fit(
     if not samples or min(sample.seconds for sample in samples) <= 0:
         raise ConfigError("a cost model is fitted to measured steps; there are none, or one took no time")
     most = max(sample.shape.num_tokens for sample in samples)
-    hinges = (most, *(hinge for hinge in hinges if hinge < most))
-    floors = _floors(samples) if has_floors else [(0.0, 0.0)]
+    frames = [CostModel(0.0, hinge=n, row_sizes=row_sizes) for n in (most, *(n for n in hinges if n < most))]
     best: tuple[float, CostModel] | None = None
-    for hinge, (mixed, adapted) in product(hinges, floors):
-        frame = CostModel(0.0, hinge=hinge, row_sizes=row_sizes, mixed_floor=mixed, adapted_floor=adapted)
-        model = _solved(samples, frame, rounds=0)
-        loss = _loss(relative_errors(model, samples))
-        # A floor, or another hinge, has to be worth it.
-        if best is None or loss < 0.98 * best[0]:
-            best = loss, frame
+    at_floor = _fastest(samples) if has_floors else set[int]()
+    for solve in (_solved, partial(_solved_with_floors, at_floor=at_floor))[: 1 + bool(at_floor)]:
+        for frame in frames:
+            model = solve(samples, frame)
+            loss = _loss(relative_errors(model, samples))
+            # Floors, or another hinge, have to be worth it.
+            if best is None or loss < 0.98 * best[0]:
+                best = loss, model
     assert best is not None
-    return _solved(samples, best[1], ROUNDS)
+    found = best[1]
+    if found.mixed_floor:
+        return _solved_with_floors(samples, found, _at_floor(found, samples), ROUNDS)
+    return _solved(samples, found, ROUNDS)
 
 
-def _solved(samples: Sequence[Sample], frame: CostModel, rounds: int) -> CostModel:
-    """The coefficients that go with a hinge and floors. Steps at a floor say nothing of them."""
+def _solved(samples: Iterable[Sample], frame: CostModel, rounds: int = 0) -> CostModel:
+    """The coefficients that go with a hinge."""
     rows = [
         [amount / sample.seconds for amount in amounts(sample.shape, frame.hinge, frame.row_sizes)]
         for sample in samples
-        if sample.seconds > FLOOR_MARGIN * frame.predict(sample.shape)
     ]
-    if frame.mixed_floor and len(rows) < MIN_AT_FLOOR:
-        return replace(frame, base=min(sample.seconds for sample in samples))
+    return replace(frame, **_named(COEFFICIENTS, _robust(rows, rounds)))
+
+
+def _solved_with_floors(
+    samples: Sequence[Sample], frame: CostModel, at_floor: set[int], rounds: int = 0
+) -> CostModel:
+    """Coefficients and floors: each fitted to the steps of which it is the greater, until these stay.
+
+    at_floor: indices of those that are taken to wait for launches, at first.
+    Source: Magnani and Boyd, "Convex piecewise-linear fitting" (2009), section 3.
+    """
+    model = frame
+    for _ in range(MAX_TURNS):
+        if not MIN_AT_FLOOR <= len(at_floor) <= len(samples) - MIN_AT_FLOOR:
+            break
+        rows = [[part / samples[i].seconds for part in launches(samples[i].shape)] for i in at_floor]
+        model = _solved([s for i, s in enumerate(samples) if i not in at_floor], frame, rounds)
+        model = replace(model, **_named(FLOORS, _robust(rows, ROUNDS)))
+        before, at_floor = at_floor, _at_floor(model, samples)
+        if at_floor == before:
+            break
+    return model
+
+
+def _named(names: Sequence[str], values: Sequence[float]) -> dict[str, Any]:
+    return dict(zip(names, values, strict=True))
+
+
+def _at_floor(model: CostModel, samples: Sequence[Sample]) -> set[int]:
+    """Which steps wait for their launches, as a model has it."""
+    return {
+        i
+        for i, sample in enumerate(samples)
+        if sample.shape.num_prefills and model.launch_s(sample.shape) >= model.device_s(sample.shape)
+    }
+
+
+def _fastest(samples: Sequence[Sample]) -> set[int]:
+    """Which steps took hardly longer than the fastest with prefill and the same kinds of adapters."""
+    kinds: dict[tuple[int, ...], list[int]] = {}
+    for i, sample in enumerate(samples):
+        if sample.shape.num_prefills:
+            kinds.setdefault(launches(sample.shape), []).append(i)
+    found: set[int] = set()
+    for members in kinds.values():
+        seconds = sorted(samples[i].seconds for i in members)
+        # The second of many, as the very fastest may be an accident.
+        most = FLOOR_MARGIN * seconds[min(len(seconds) // 4, 1)]
+        found.update(i for i in members if samples[i].seconds <= most)
+    return found
+
+
+def _robust(rows: Sequence[Row], rounds: int) -> list[float]:
+    """Least squares, then some rounds of it with Huber's weights."""
     found = non_negative_least_squares(rows)
     for _ in range(rounds):
         residuals = [abs(_dot(row, found) - 1.0) for row in rows]
@@ -90,22 +156,6 @@ def _solved(samples: Sequence[Sample], frame: CostModel, rounds: int) -> CostMod
         scale = max(MIN_SCALE, quantile(residuals, 0.5) / 0.6745)
         weights = [min(1.0, HUBER * scale / residual) if residual else 1.0 for residual in residuals]
         found = non_negative_least_squares(rows, weights)
-    return CostModel(
-        **dict(zip(COEFFICIENTS, found, strict=True)), hinge=frame.hinge, row_sizes=frame.row_sizes,
-        mixed_floor=frame.mixed_floor, adapted_floor=frame.adapted_floor,
-    )  # fmt: skip
-
-
-def _floors(samples: Sequence[Sample]) -> list[tuple[float, float]]:
-    """Floors to try, none first: what the fastest steps with prefill took, without and with adapters."""
-    mixed = [sample for sample in samples if sample.shape.num_prefills]
-    plain = sorted(s.seconds for s in mixed if not s.shape.num_adapters)
-    adapted = sorted(s.seconds for s in mixed if s.shape.num_adapters)
-    if len(plain) < 2 * MIN_AT_FLOOR or len(adapted) < 2 * MIN_AT_FLOOR:
-        return [(0.0, 0.0)]
-    found = [(0.0, 0.0)]
-    for rank in (MIN_AT_FLOOR // 2, MIN_AT_FLOOR - 1):
-        found.append((plain[rank], max(0.0, adapted[rank] - plain[rank])))
     return found
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import msgspec
 
 from polybatch.errors import ConfigError
-from polybatch.scheduling.costs import COEFFICIENTS, CostModel, StepShape
+from polybatch.scheduling.costs import COEFFICIENTS, FLOORS, CostModel, StepShape
 
-FORMAT = 1
+FORMAT = 2
 MAX_FILE_BYTES = 1 << 20
 
 
@@ -77,7 +77,8 @@ class CostProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     hinge: int
     row_sizes: tuple[int, ...]
     mixed_floor: float
-    adapted_floor: float
+    short_floor: float
+    long_floor: float
     median_error: float
     p95_error: float
     num_fitted: int
@@ -93,7 +94,7 @@ class CostProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     def model(self) -> CostModel:
         return CostModel(
             **self.coefficients, hinge=self.hinge, row_sizes=self.row_sizes, mixed_floor=self.mixed_floor,
-            adapted_floor=self.adapted_floor,
+            short_floor=self.short_floor, long_floor=self.long_floor,
         )  # fmt: skip
 
 
@@ -124,7 +125,7 @@ def parse_profile(data: bytes, source: str) -> CostProfile:
         raise ConfigError(
             f"{source}: coefficients {', '.join(sorted(unknown))} are unknown or missing; {way_out}"
         )
-    floors = {"mixed_floor": profile.mixed_floor, "adapted_floor": profile.adapted_floor}
+    floors = {name: getattr(profile, name) for name in FLOORS}
     for name, value in (profile.coefficients | floors).items():
         if not math.isfinite(value) or value < 0:
             raise ConfigError(f"{source}: {name} is {value}; it must be 0 or more; {way_out}")

@@ -29,7 +29,8 @@ class StepShape:
     chunks, adapter_tokens: tokens that have one. load_pages: pages of adapters that are loaded before it.
     num_prefills: chunks of more than one token, prefill_context: tokens of KV that they read.
     shared_context: of decode_context what another row of the step reads as well, but for the first reading.
-    adapter_work: sum over tokens of the pages of their adapter.
+    adapter_work: sum over tokens of the pages of their adapter. num_long_adapters: of num_adapters those with
+    LONG_TOKENS tokens or more; counted in steps with prefill only. largest_adapter: pages of the largest.
     """
 
     num_tokens: int = 0
@@ -46,6 +47,8 @@ class StepShape:
     prefill_context: int = 0
     shared_context: int = 0
     adapter_work: int = 0
+    num_long_adapters: int = 0
+    largest_adapter: int = 0
 
 
 SHAPE_FIELDS = tuple(field.name for field in fields(StepShape))
@@ -62,8 +65,12 @@ class StepCosts(Protocol):
 MIN_SHARED_PAGES, MIN_SHARERS = 8, 3
 """A prefix so long, read by so many rows of a step, counts as shared; as the CUDA executor has it."""
 
+LONG_TOKENS = 64
+"""Tokens of a step from which on an adapter has kernels of its own; as the CUDA executor has it."""
+
 _n_new, _start, _logits = attrgetter("n_new"), attrgetter("start"), attrgetter("logits")
-_adapter_pages, _pages = attrgetter("seq.adapter.num_pages"), attrgetter("seq.pages")
+_adapter_pages, _digest = attrgetter("seq.adapter.num_pages"), attrgetter("seq.adapter.digest")
+_pages = attrgetter("seq.pages")
 _last_of_prefix = itemgetter(MIN_SHARED_PAGES - 1)
 
 
@@ -89,13 +96,19 @@ def shape_of(plan: StepPlan, page_size: int = 16) -> StepShape:
                 pairs += n_new * start + n_new * (n_new + 1) // 2
     if num_logits != num_chunks and LogitRows.ALL in logits:
         num_logits += sum(n for n, rows in zip(counts, logits, strict=True) if rows is LogitRows.ALL)
-    adapter_tokens = adapter_work = 0
+    adapter_tokens = adapter_work = num_long = 0
     if plan.resident:
         adapted = [chunk for chunk in chunks if chunk.seq.adapter is not None]
         if len(adapted) != num_chunks:
             counts = list(map(_n_new, adapted))
         adapter_tokens = sum(counts)
         adapter_work = sum(map(mul, counts, map(_adapter_pages, adapted)))
+        if num_prefills and adapter_tokens >= LONG_TOKENS:
+            tokens_of: dict[str, int] = {}
+            for digest, n_new in zip(map(_digest, adapted), counts, strict=True):
+                tokens_of[digest] = tokens_of.get(digest, 0) + n_new
+            num_long = sum(n >= LONG_TOKENS for n in tokens_of.values())
+    page_counts = list(map(len, plan.resident.values()))
     num_decodes = num_chunks - num_prefills
     return StepShape(
         num_tokens,
@@ -105,13 +118,15 @@ def shape_of(plan: StepPlan, page_size: int = 16) -> StepShape:
         pairs,
         num_logits,
         len(plan.resident),
-        sum(map(len, plan.resident.values())),
+        sum(page_counts),
         adapter_tokens,
         sum(len(load.pages) for load in plan.loads) if plan.loads else 0,
         num_prefills,
         prefill_context,
         0 if num_decodes < MIN_SHARERS else _shared_context(chunks, page_size, has_prefills=num_prefills > 0),
         adapter_work,
+        num_long,
+        max(page_counts, default=0),
     )
 
 
@@ -156,11 +171,14 @@ def _num_common(tables: list[list[int]]) -> int:
 COEFFICIENTS = (
     "base", "per_token", "per_token_beyond", "per_decode", "per_context", "per_shared_context", "per_pair",
     "per_prefill", "per_prefill_context", "per_mixed", "per_head", "per_logit", "per_adapted", "per_adapter",
-    "per_adapter_page", "per_adapter_token", "per_adapter_work", "per_load_page",
+    "per_adapter_page", "per_largest_page", "per_adapter_token", "per_adapter_work", "per_load_page",
 )  # fmt: skip
 """The linear coefficients of a `CostModel`, in the order of `amounts`."""
 
-_coefficients = attrgetter(*COEFFICIENTS)
+FLOORS = ("mixed_floor", "short_floor", "long_floor")
+"""What the host takes to launch steps with prefill, in the order of `launches`."""
+
+_coefficients, _floors = attrgetter(*COEFFICIENTS), attrgetter(*FLOORS)
 
 
 def amounts(shape: StepShape, hinge: int = 0, row_sizes: tuple[int, ...] = ()) -> tuple[float, ...]:
@@ -185,10 +203,17 @@ def amounts(shape: StepShape, hinge: int = 0, row_sizes: tuple[int, ...] = ()) -
         1 if adapters else 0,
         adapters,
         shape.adapter_pages,
+        shape.largest_adapter,
         shape.adapter_tokens,
         shape.adapter_work,
         shape.load_pages,
     )
+
+
+def launches(shape: StepShape) -> tuple[int, int, int]:
+    """Whether a step with prefill launches what all do, kernels for adapters of few tokens, of many."""
+    num_long = shape.num_long_adapters
+    return 1, int(shape.num_adapters > num_long), int(num_long > 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +225,8 @@ class CostModel:
     step, per_shared_context again. Once for a whole step where there is any: per_mixed for prefill,
     per_head for logits, per_adapted for adapters. row_sizes: decode steps are padded to the next of these
     (captured graphs); ascending, empty for none. mixed_floor: seconds below which no step with prefill gets,
-    for a GPU whose kernels the host launches one by one; adapted_floor: so much more where any has adapters.
+    for a GPU whose kernels the host launches one by one; short_floor, long_floor: so much more where there
+    are adapters of few tokens, and of many, which have kernels of their own.
     """
 
     base: float
@@ -222,13 +248,25 @@ class CostModel:
     per_head: float = 0.0
     per_adapted: float = 0.0
     per_adapter_work: float = 0.0
+    per_largest_page: float = 0.0
     row_sizes: tuple[int, ...] = ()
     mixed_floor: float = 0.0
-    adapted_floor: float = 0.0
+    short_floor: float = 0.0
+    long_floor: float = 0.0
 
     def predict(self, shape: StepShape) -> float:
         """Seconds of a step of this shape."""
-        found: float = sum(map(mul, _coefficients(self), amounts(shape, self.hinge, self.row_sizes)))
+        found = self.device_s(shape)
         if self.mixed_floor and shape.num_prefills:
-            return max(found, self.mixed_floor + (self.adapted_floor if shape.num_adapters else 0.0))
+            return max(found, self.launch_s(shape))
+        return found
+
+    def device_s(self, shape: StepShape) -> float:
+        """Seconds that a step of this shape would take if launching it took none."""
+        found: float = sum(map(mul, _coefficients(self), amounts(shape, self.hinge, self.row_sizes)))
+        return found
+
+    def launch_s(self, shape: StepShape) -> float:
+        """Seconds that the host takes to launch a step with prefill, whatever the device has to do."""
+        found: float = sum(map(mul, _floors(self), launches(shape)))
         return found

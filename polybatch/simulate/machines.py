@@ -1,8 +1,8 @@
 """Machines to simulate: what a step costs on them, and how many pages they have. No torch.
 
 A machine is a cost model, a page pool and the limits of its scheduler. Measured ones come from the JSON that
-`polybatch calibrate` writes; the built-in ones are fitted by hand to docs/performance.md and are there to try
-things out. `scaled` derives another model size or tensor-parallel degree: an estimate, and marked as one.
+`polybatch calibrate` writes, the built-in ones, too. `scaled` derives another model size or tensor-parallel
+degree: an estimate, and marked as one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from polybatch.config import PoolSpec
 from polybatch.errors import ConfigError
 from polybatch.scheduling.cost_profile import CostProfile, load_profile
-from polybatch.scheduling.costs import CostModel, StepCosts, StepShape
+from polybatch.scheduling.costs import FLOORS, CostModel, StepCosts, StepShape
 
 GIB = 1 << 30
 
@@ -56,7 +56,8 @@ class Machine:
             n_new = min(self.max_num_batched_tokens, num_tokens - start)
             total += self.costs.predict(
                 StepShape(
-                    num_tokens=n_new, num_prefill_tokens=n_new, num_logits=1,
+                    num_tokens=n_new, num_prefill_tokens=n_new, num_logits=1, num_prefills=1,
+                    prefill_context=start + n_new,
                     prefill_pairs=n_new * start + n_new * (n_new + 1) // 2,
                 )
             )  # fmt: skip
@@ -76,34 +77,24 @@ class Machine:
 
 
 def h100_8b() -> Machine:
-    """Llama-3.1-8B in bfloat16 on one H100 of 80 GB, by hand from docs/performance.md.
+    """Llama-3.1-8B in bfloat16 on one H100 of 80 GB, as `benchmarks.cuda.calibration` measured it.
 
-    A page of 16 tokens is 2 MiB over 32 layers; 27,600 of them are left beside 16 GB of weights.
+    A page of 16 tokens is 2 MiB over 32 layers; 27,600 of them are left beside 16 GB of weights. Steps were
+    measured up to contexts of 16,384; beyond, the model's straight lines go on.
     """
-    return Machine(
-        name="h100-8b",
-        costs=CostModel(
-            base=5.75e-3, hinge=192, per_token_beyond=22.1e-6, per_context=2.7e-8, per_pair=1.05e-9,
-            per_adapter_page=0.68e-6, per_adapter_token=0.3e-6, per_load_page=42.8e-6,
-        ),
-        pool=PoolSpec(num_pages=27_600, page_size=16, page_bytes=65_536, num_layers=32),
-        adapter_bytes_per_rank=84e6 / 16,
-        max_num_batched_tokens=8192,
-    )  # fmt: skip
+    found = _profiled("h100-8b")
+    return replace(found, pool=replace(found.pool, num_pages=27_600), max_model_len=131_072)
 
 
 def cpu_135m() -> Machine:
-    """SmolLM2-135M with int4 weights on two CPU cores; a rough guess until it is calibrated."""
-    return Machine(
-        name="cpu-135m",
-        costs=CostModel(
-            base=4.0e-3, per_token=0.55e-3, per_decode=0.25e-3, per_context=0.25e-6, per_pair=0.12e-6
-        ),
-        pool=PoolSpec(num_pages=1_280, page_size=16, page_bytes=12_288, num_layers=30),
-        adapter_bytes_per_rank=122_000,
-        max_model_len=8192,
-        max_num_seqs=64,
-    )  # fmt: skip
+    """SmolLM2-135M with int4 weights on two cores of an AMD EPYC that others used as well."""
+    return _profiled("cpu-135m")
+
+
+def _profiled(name: str) -> Machine:
+    """The machine of a profile that comes with the package."""
+    path = Path(__file__).parent / "profiles" / f"{name}.json"
+    return machine_of(load_profile(path), name)
 
 
 BUILT_IN = {"h100-8b": h100_8b, "cpu-135m": cpu_135m}
@@ -114,8 +105,9 @@ def scaled(machine: Machine, *, parameters: float = 1.0, num_devices: int = 1) -
 
     parameters: the new model's size as a multiple of the old one's. Weights, arithmetic and adapters grow
     with it; KV per token with its square root, as depth and width both grow. Each of `num_devices` does its
-    part of all that at 85 % efficiency, and holds its part of weights and pages; the memory that the weights
-    do not take, and the cost of the sums between devices, are not known here: check pages and steps by hand.
+    part of all that at 85 % efficiency, launches all of it, and holds its part of weights and pages; the
+    memory that the weights do not take, and the cost of the sums between devices, are not known here: check
+    pages and steps by hand.
     """
     if parameters <= 0 or num_devices < 1:
         raise ConfigError(
@@ -130,7 +122,7 @@ def scaled(machine: Machine, *, parameters: float = 1.0, num_devices: int = 1) -
     factors = {
         "base": wide, "per_token": wide, "per_token_beyond": wide, "per_context": kv, "per_pair": kv,
         "per_shared_context": kv, "per_prefill_context": kv, "per_head": wide, "per_adapter_work": wide,
-        "mixed_floor": wide, "adapted_floor": wide,
+        **dict.fromkeys(FLOORS, parameters**0.5), "per_largest_page": wide,
         "per_adapter_page": share, "per_adapter_token": wide, "per_load_page": share,
     }  # fmt: skip
     scaled_costs = replace(costs, **{name: getattr(costs, name) * by for name, by in factors.items()})

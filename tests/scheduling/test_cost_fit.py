@@ -102,13 +102,20 @@ def test_quantiles_lie_between_neighbours() -> None:
     assert quantile([], 0.5) == 0.0
 
 
-def test_a_floor_under_steps_with_prefill_is_found() -> None:
-    truth = replace(TRUTH, mixed_floor=0.08, adapted_floor=0.02)
-    shapes = [sample.shape for sample in samples(0, 160)]
-    model = fit([Sample(shape, truth.predict(shape)) for shape in shapes])
-    assert model.mixed_floor == pytest.approx(0.08, rel=0.05)
+def test_floors_under_steps_with_prefill_are_found() -> None:
+    floors = {"mixed_floor": 0.06, "short_floor": 0.04, "long_floor": 0.02}
+    truth = replace(TRUTH, **floors)
+    rng = random.Random(3)
+    shapes = [
+        replace(sample.shape, num_long_adapters=rng.randrange(sample.shape.num_adapters + 1))
+        for sample in samples(0, 240)
+    ]
+    noisy = [Sample(shape, truth.predict(shape) * rng.uniform(0.95, 1.05)) for shape in shapes]
+    model = fit(noisy)
+    for name, value in floors.items():
+        assert getattr(model, name) == pytest.approx(value, rel=0.1)
     test = [Sample(s.shape, truth.predict(s.shape)) for s in samples(1, 50)]
-    assert quantile(relative_errors(model, test), 0.95) < 0.05
+    assert quantile(relative_errors(model, test), 0.95) < 0.07
 
 
 def test_no_floor_is_seen_where_there_is_none() -> None:

@@ -33,7 +33,7 @@ def profile(**changes: Any) -> CostProfile:
     coefficients = {name: 1e-6 * i for i, name in enumerate(COEFFICIENTS, 1)}
     made = CostProfile(
         format=FORMAT, key=KEY, coefficients=coefficients, hinge=64, row_sizes=(1, 2, 4), mixed_floor=0.01,
-        adapted_floor=0.002, median_error=0.03,
+        short_floor=0.002, long_floor=0.001, median_error=0.03,
         p95_error=0.1, num_fitted=60, num_held_out=32, num_disturbed=0,
         pool=PoolShape(num_pages=10, page_size=16, page_bytes=64, num_layers=2),
         limits=EngineLimits(max_num_batched_tokens=2048, max_num_seqs=256, max_model_len=4096),
@@ -52,7 +52,12 @@ def test_a_profile_comes_back_as_it_was_kept(tmp_path: Path) -> None:
     found = load_profile(path)
     assert found == profile()
     assert found.model == CostModel(
-        **profile().coefficients, hinge=64, row_sizes=(1, 2, 4), mixed_floor=0.01, adapted_floor=0.002
+        **profile().coefficients,
+        hinge=64,
+        row_sizes=(1, 2, 4),
+        mixed_floor=0.01,
+        short_floor=0.002,
+        long_floor=0.001,
     )
     assert list(path.parent.iterdir()) == [path]
 

@@ -9,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polybatch.request import AdapterRef, Request, SamplingParams, Sequence
-from polybatch.scheduling.costs import COEFFICIENTS, SHAPE_FIELDS, CostModel, StepShape, amounts, shape_of
+from polybatch.scheduling.costs import (
+    COEFFICIENTS,
+    FLOORS,
+    LONG_TOKENS,
+    SHAPE_FIELDS,
+    CostModel,
+    StepShape,
+    amounts,
+    shape_of,
+)
 from polybatch.scheduling.plan import AdapterLoad, Chunk, LogitRows, StepPlan
 
 REFS = [AdapterRef(name, name * 8, pages) for name, pages in (("a", 3), ("b", 5))]
@@ -36,7 +45,7 @@ def plan_of(*chunks: Chunk, loads: tuple[AdapterLoad, ...] = ()) -> StepPlan:
 chunks = st.builds(
     chunk,
     st.integers(0, 300),
-    st.one_of(st.just(1), st.integers(1, 40)),
+    st.one_of(st.just(1), st.integers(1, 80)),
     st.sampled_from(LogitRows),
     st.sampled_from([None, *REFS]),
 )
@@ -61,6 +70,16 @@ def test_amounts_are_sums_over_the_chunks(found: list[Chunk]) -> None:
     assert shape.adapter_tokens == sum(c.n_new for c in adapted)
     assert shape.adapter_work == sum(c.n_new * c.seq.adapter.num_pages for c in adapted if c.seq.adapter)
     assert shape.adapter_pages == sum(ref.num_pages for ref in {c.seq.adapter for c in adapted} if ref)
+    assert shape.largest_adapter == max(
+        (c.seq.adapter.num_pages for c in adapted if c.seq.adapter), default=0
+    )
+    tokens = [sum(c.n_new for c in adapted if c.seq.adapter == ref) for ref in REFS]
+    assert shape.num_long_adapters == (sum(n >= LONG_TOKENS for n in tokens) if prefills else 0)
+
+
+def test_an_adapter_is_long_from_where_the_gpu_launches_other_kernels_for_it() -> None:
+    work = pytest.importorskip("polybatch.kernels.lora.work")
+    assert LONG_TOKENS == work.WIDE_TOKENS
 
 
 def test_loads_count_their_pages_whoever_uses_them() -> None:
@@ -122,7 +141,7 @@ def test_a_prediction_is_coefficients_times_amounts(model: CostModel, shape: Ste
 
 
 def test_every_coefficient_is_a_field_of_the_model_and_every_amount_can_matter() -> None:
-    others = {"hinge", "row_sizes", "mixed_floor", "adapted_floor"}
+    others = {"hinge", "row_sizes", *FLOORS}
     assert {*COEFFICIENTS, *others} == {field.name for field in fields(CostModel)}
     shape = StepShape(**dict.fromkeys(SHAPE_FIELDS, 7) | {"decode_context": 20})
     assert min(amounts(shape, 3)) > 0
@@ -142,9 +161,12 @@ def test_tokens_beyond_the_hinge_cost_more() -> None:
 
 
 def test_steps_with_prefill_take_at_least_what_launching_them_takes() -> None:
-    model = CostModel(base=1.0, per_token=1.0, mixed_floor=10.0, adapted_floor=3.0)
+    model = CostModel(base=1.0, per_token=1.0, mixed_floor=10.0, short_floor=3.0, long_floor=2.0)
     prefill = {"num_prefill_tokens": 4, "num_prefills": 1}
     assert model.predict(StepShape(num_tokens=4)) == 5
     assert model.predict(StepShape(num_tokens=4, **prefill)) == 10
     assert model.predict(StepShape(num_tokens=4, num_adapters=1, **prefill)) == 13
-    assert model.predict(StepShape(num_tokens=20, **prefill)) == 21
+    assert model.predict(StepShape(num_tokens=4, num_adapters=2, num_long_adapters=2, **prefill)) == 12
+    assert model.predict(StepShape(num_tokens=4, num_adapters=2, num_long_adapters=1, **prefill)) == 15
+    assert model.predict(StepShape(num_tokens=20, num_adapters=1, **prefill)) == 21
+    assert model.predict(StepShape(num_tokens=4, num_adapters=1)) == 5
