@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import asdict
 
 import msgspec
 from msgspec.structs import replace
@@ -52,6 +53,8 @@ class RequestTrace(msgspec.Struct, array_like=True, frozen=True):
     adapter_load_s: beginning of the step that brought its adapter into the pool, if it was not there before.
     num_cached: prompt tokens found in the prefix cache. num_chunks: prefill chunks, all completions together,
         num_output: their tokens.
+    first_due_s, last_due_s: when its first and its last token are due. predicted_ttft_s, predicted_e2e_s:
+        what it was told at its arrival, in seconds from then. missed, kept: kinds of deadlines, at its end.
     """
 
     request_id: str
@@ -68,6 +71,12 @@ class RequestTrace(msgspec.Struct, array_like=True, frozen=True):
     first_scheduled_s: float | None
     first_token_s: float | None
     finished_s: float | None
+    first_due_s: float | None = None
+    last_due_s: float | None = None
+    predicted_ttft_s: float | None = None
+    predicted_e2e_s: float | None = None
+    missed: list[str] = []
+    kept: list[str] = []
 
 
 class _Notes:
@@ -182,6 +191,8 @@ class StepLog:
         """How a live request fares."""
         request, notes = progress.request, self._notes[progress.request.request_id]
         seqs = [completion.seq for completion in progress.completions]
+        due, answer = progress.deadlines, progress.answer
+        outcome = asdict(progress.attainment())
         return RequestTrace(
             request.request_id,
             request.tenant,
@@ -197,6 +208,12 @@ class StepLog:
             progress.first_scheduled_s,
             progress.first_token_s,
             progress.finished_s,
+            None if due is None or due.ttft_s is None else request.arrival_s + due.ttft_s,
+            None if due is None or due.e2e_s is None else request.arrival_s + due.e2e_s,
+            None if answer is None else answer.ttft_s,
+            None if answer is None else answer.e2e_s,
+            [kind for kind, is_kept in outcome.items() if is_kept is False],
+            [kind for kind, is_kept in outcome.items() if is_kept],
         )
 
     @property

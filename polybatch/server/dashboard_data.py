@@ -21,6 +21,7 @@ from polybatch.server.metrics import kv_usage
 from polybatch.server.state import ServerState
 
 MAX_ADAPTERS = 256
+DEADLINES = {"ttft": "first token", "tpot": "pace of tokens", "e2e": "last token"}
 
 
 def dashboard_data(
@@ -59,6 +60,7 @@ def _engine(state: ServerState, snapshot: EngineSnapshot, caller: Caller, after_
         "now": snapshot.at_s,
         "stats": asdict(stats) | {"num_steps": snapshot.stats.times.num_steps},
         "costs": asdict(snapshot.stats.costs),
+        "deadlines": asdict(snapshot.stats.deadlines),
         "kv_usage": kv_usage(snapshot),
         "max_num_seqs": state.max_num_seqs,
         "page_size": state.llm.page_size,
@@ -140,6 +142,9 @@ def _request(state: ServerState, trace: RequestTrace, now: float) -> dict[str, A
         "scheduled_at": trace.first_scheduled_s,
         "first_token_at": trace.first_token_s,
         "finished_at": trace.finished_s,
+        "first_due_at": trace.first_due_s,
+        "last_due_at": trace.last_due_s,
+        "missed": trace.missed,
         "story": ", ".join(story(trace, now)),
     }
 
@@ -148,6 +153,9 @@ def story(trace: RequestTrace, now: float) -> Iterable[str]:
     """What befell a request, in order, as parts of a sentence."""
     end = now if trace.finished_s is None else trace.finished_s
     scheduled = trace.first_scheduled_s
+    first_s, last_s = trace.predicted_ttft_s, trace.predicted_e2e_s
+    if first_s is not None and last_s is not None:
+        yield f"told {_ms(first_s)} to the first token, {_ms(last_s)} to the last"
     waited_s = (end if scheduled is None else scheduled) - trace.arrival_s
     is_for_adapter = trace.adapter_load_s is not None and (
         scheduled is None or trace.adapter_load_s <= scheduled
@@ -155,8 +163,16 @@ def story(trace: RequestTrace, now: float) -> Iterable[str]:
     yield f"queued {_ms(waited_s)}" + (
         f", adapter {trace.adapter} loaded meanwhile" if is_for_adapter else ""
     )
-    if scheduled is None:
-        return
+    if scheduled is not None:
+        yield from _computed(trace, scheduled, end)
+    if trace.finished_s is not None:
+        yield f"ended by {trace.status}"
+    for outcome, kinds in (("in time", trace.kept), ("late", trace.missed)):
+        if kinds:
+            yield f"{outcome}: {' and '.join(DEADLINES[kind] for kind in kinds)}"
+
+
+def _computed(trace: RequestTrace, scheduled: float, end: float) -> Iterable[str]:
     if trace.num_cached:
         yield f"{trace.num_cached:,} of {trace.num_prompt:,} prompt tokens from cache"
     chunks = "chunk" if trace.num_chunks == 1 else "chunks"
@@ -168,8 +184,6 @@ def story(trace: RequestTrace, now: float) -> Iterable[str]:
     if trace.first_token_s is not None:
         tokens = "token" if trace.num_output == 1 else "tokens"
         yield f"{trace.num_output:,} {tokens} in {_ms(end - trace.first_token_s)}"
-    if trace.finished_s is not None:
-        yield f"ended by {trace.status}"
 
 
 def _ms(duration_s: float) -> str:

@@ -21,6 +21,9 @@ from polybatch.server.state import ServerState
 
 T = TypeVar("T")
 
+START_S = 240.0
+"""For a machine that does much else."""
+
 FAST = Watch(heartbeat_s=0.1, silence_s=2.0, stall_s=30.0, backoff_s=0.05, stop_s=5.0)
 
 
@@ -68,7 +71,7 @@ class RunningServer:
 
     def __enter__(self) -> RunningServer:
         self._thread.start()
-        assert self._started.wait(60)
+        assert self._started.wait(START_S), "the server did not start in time"
         if self._error is not None:
             raise self._error
         self.client = httpx.Client(base_url=self.url, timeout=60)

@@ -175,6 +175,16 @@ def test_a_story_tells_what_befell_a_request() -> None:
     )
     waiting = trace(status="waiting", first_scheduled_s=None, first_token_s=None, adapter_load_s=None)
     assert list(story(waiting, 1.5)) == ["queued 500 ms"]
+    told = story(
+        trace(predicted_ttft_s=0.08, predicted_e2e_s=0.9, kept=["ttft"], missed=["tpot", "e2e"]), 2.1
+    )
+    assert list(told)[0] == "told 80 ms to the first token, 900 ms to the last"
+    told = story(trace(status="length", finished_s=2.0, kept=["ttft"], missed=["tpot", "e2e"]), 2.1)
+    assert list(told)[-3:] == [
+        "ended by length",
+        "in time: first token",
+        "late: pace of tokens and last token",
+    ]
     failed = trace(status="error", finished_s=1.09, first_token_s=None, num_cached=64)
     assert "64 of 100 prompt tokens from cache" in story(failed, 9.0)
     assert list(story(failed, 9.0))[-1] == "ended by error"
@@ -200,6 +210,11 @@ def test_the_page_shows_the_engine_in_a_browser(busy: RunningServer, scheme: str
         api.expect(page.locator("#steps-legend")).to_contain_text("decode")
         page.click("#since-start")
         api.expect(page.locator("#ttft-quantiles")).to_contain_text("p95")
+        assert busy.complete(max_tokens=2, deadlines={"ttft_ms": 60_000, "e2e_ms": 0.01}).status_code == 200
+        api.expect(page.locator("#deadlines tbody tr")).to_have_text(
+            [re.compile(r"first token[12]0100 %"), re.compile(r"last token0[12]0 %")]
+        )
+        api.expect(page.locator("#requests .mark.missed").first).to_be_visible()
         page.click("#show-live")
         api.expect(page.locator("#requests li")).to_have_count(0)
         page.click("#show-finished")

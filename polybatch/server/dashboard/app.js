@@ -1,7 +1,7 @@
 // The page asks for data, twice a second while it is looked at, and hands it to the panels.
 
 import { Buckets, Lines, StackedBars, colour, duration, number, quantile } from "./charts.js";
-import { BASE, Requests, byId, drawAdapters, drawLegend, drawPages, drawQueue } from "./panels.js";
+import { BASE, Requests, byId, drawAdapters, drawDeadlines, drawLegend, drawPages, drawQueue } from "./panels.js";
 
 const POLL_MS = 500, RETRY_MS = 2000;
 const MAX_STEPS = 120, MAX_COLOURED = 7;
@@ -66,6 +66,7 @@ function draw() {
   drawSteps();
   drawPages(latest.engine);
   drawQueue(latest);
+  drawDeadlines(latest.engine);
   drawAdapters(latest.engine);
   requests.update(latest.engine);
 }

@@ -59,11 +59,12 @@ export function drawPages(engine) {
     (pages_per_cell > 1 ? `; a square is ${pages_per_cell} neighbours and shows the busiest` : "");
 }
 
+// cells: names, numbers, and {text} of what stands with numbers.
 function fillTable(id, rows) {
   byId(id).tBodies[0].replaceChildren(
     ...rows.map((cells) => {
       const row = element("tr");
-      row.append(...cells.map((cell) => element("td", typeof cell === "number" ? "number" : "", typeof cell === "number" ? number.format(cell) : cell)));
+      row.append(...cells.map((cell) => element("td", typeof cell === "string" ? "" : "number", typeof cell === "number" ? number.format(cell) : (cell.text ?? cell))));
       return row;
     }),
   );
@@ -82,6 +83,28 @@ export function drawQueue(data) {
     : "Nothing waits.";
   fillTable("queue", names.slice(0, MAX_ROWS).map((name) => [name || BASE, running[name] ?? 0, waiting[name] ?? 0]));
   byId("queue").hidden = names.length === 0;
+}
+
+const DEADLINES = { ttft: "first token", tpot: "pace of tokens", e2e: "last token" };
+
+// Deadlines of requests that are over, and how many live ones have some.
+export function drawDeadlines({ deadlines, requests, now }) {
+  const kinds = Object.keys(DEADLINES).filter((kind) => deadlines[`${kind}_met`] + deadlines[`${kind}_missed`]);
+  fillTable("deadlines", kinds.map((kind) => {
+    const met = deadlines[`${kind}_met`], missed = deadlines[`${kind}_missed`];
+    // Rounded down: only all is 100 %.
+    return [DEADLINES[kind], met, missed, { text: `${Math.floor((1000 * met) / (met + missed)) / 10} %` }];
+  }));
+  byId("deadlines").hidden = kinds.length === 0;
+  const next = requests.filter((request) => LIVE.includes(request.status)).map(nextDue).filter((due) => due !== null);
+  const soonest = Math.min(...next) - now;
+  byId("deadlines-summary").textContent = next.length
+    ? `${number.format(next.length)} live with deadlines, the most urgent ` + (soonest >= 0 ? `due in ${duration(soonest)}` : `${duration(-soonest)} late`)
+    : kinds.length ? "No live request has deadlines." : "No request had deadlines so far.";
+}
+
+function nextDue(request) {
+  return (request.first_token_at === null ? request.first_due_at : null) ?? request.last_due_at;
 }
 
 export function drawAdapters(engine) {
@@ -141,11 +164,12 @@ function newRow(request) {
     total: element("span", "number"),
     story: element("span", "story"),
     spans: ["queued", "prefill", "decode"].map((name) => element("i", `span ${name}`)),
+    marks: ["first", "last"].map(() => element("i", "mark")),
   };
   row.id.title = request.id;
   row.adapter.title = request.adapter ?? BASE;
   row.fill.append(...row.spans);
-  row.track.append(row.fill);
+  row.track.append(row.fill, ...row.marks);
   row.track.setAttribute("aria-hidden", "true");
   row.item.append(row.id, row.adapter, row.status, row.track, row.total, row.story);
   return row;
@@ -160,6 +184,13 @@ function fillRow(row, request, now, longest) {
   [scheduled - request.arrival_at, first - scheduled, end - first].forEach((span, i) => {
     row.spans[i].style.width = `${(100 * Math.max(0, span)) / total}%`;
     row.spans[i].hidden = span <= 0;
+  });
+  const marks = [[request.first_due_at, request.first_token_at ?? end], [request.last_due_at, end]];
+  marks.forEach(([due, came], i) => {
+    const at = due === null ? Infinity : (due - request.arrival_at) / Math.max(longest, total);
+    row.marks[i].hidden = at > 1;
+    row.marks[i].style.left = `${100 * Math.min(at, 1)}%`;
+    row.marks[i].className = came > due ? "mark missed" : "mark";
   });
   row.status.textContent = request.status;
   row.status.className = `pill ${request.status === "error" ? "bad" : request.status === "running" ? "good" : ""}`;
