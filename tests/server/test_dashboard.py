@@ -175,16 +175,13 @@ def test_a_story_tells_what_befell_a_request() -> None:
     )
     waiting = trace(status="waiting", first_scheduled_s=None, first_token_s=None, adapter_load_s=None)
     assert list(story(waiting, 1.5)) == ["queued 500 ms"]
-    told = story(
-        trace(predicted_ttft_s=0.08, predicted_e2e_s=0.9, kept=["ttft"], missed=["tpot", "e2e"]), 2.1
-    )
-    assert list(told)[0] == "told 80 ms to the first token, 900 ms to the last"
-    told = story(trace(status="length", finished_s=2.0, kept=["ttft"], missed=["tpot", "e2e"]), 2.1)
-    assert list(told)[-3:] == [
-        "ended by length",
-        "in time: first token",
-        "late: pace of tokens and last token",
-    ]
+    over = trace(
+        status="length", finished_s=2.0, predicted_ttft_s=0.08, predicted_e2e_s=0.9, kept=["ttft"],
+        missed=["tpot", "e2e"],
+    )  # fmt: skip
+    parts = list(story(over, 2.1))
+    assert parts[0] == "told 80 ms to the first token, 900 ms to the last"
+    assert parts[-3:] == ["ended by length", "in time: first token", "late: pace of tokens and last token"]
     failed = trace(status="error", finished_s=1.09, first_token_s=None, num_cached=64)
     assert "64 of 100 prompt tokens from cache" in story(failed, 9.0)
     assert list(story(failed, 9.0))[-1] == "ended by error"

@@ -18,7 +18,7 @@ from polybatch.errors import EngineError, PolybatchError, RequestError
 from polybatch.jobs.lines import Line, parse_envelope
 from polybatch.jobs.responses import error_body
 from polybatch.jobs.rows import Answer, failure
-from polybatch.request import RequestOutput
+from polybatch.request import Deadlines, RequestOutput
 from polybatch.scheduling.policies import BATCH_PRIORITY
 from polybatch.server.auth import Caller
 from polybatch.server.batches.objects import Batch
@@ -93,7 +93,11 @@ class RowAnswerer:
         self, call: ServerCall, count: int, is_promoted: bool
     ) -> tuple[Generation, list[RequestOutput]] | None:
         """Run a row; None, with nothing of it left in the engine, if it was promoted meanwhile."""
-        call = replace(call, priority=0 if is_promoted else BATCH_PRIORITY)
+        if is_promoted:
+            # Deadlines that live requests have by default are not its own.
+            call = replace(call, priority=0, deadlines=call.deadlines or Deadlines())
+        else:
+            call = replace(call, priority=BATCH_PRIORITY)
         generation = await prepare(self._state, call, self._caller)
         generation.submit(is_queued=False)
         collecting = asyncio.create_task(generation.collect())
