@@ -49,7 +49,7 @@ Progress = Callable[[int, int], None]
 """Told of steps done and their number."""
 
 MAX_TIMED_STEPS, TIMED_S = 8, 0.15
-"""A visit of a design times so many steps of it, fewer where they take longer than this together, but two."""
+"""A visit of a design times so many steps of it, fewer where they would take longer than this together."""
 
 MAX_WAITED = 0.03
 """Share of a step's time that threads may have waited for a processor before it is measured again."""
@@ -218,7 +218,7 @@ class _StepBench:
         for round_ in range(MAX_ROUNDS + 1):
             rng.shuffle(todo)
             for i in todo:
-                most = min(MAX_TIMED_STEPS, max(2, int(TIMED_S / seconds[i]))) if round_ else 1
+                most = min(MAX_TIMED_STEPS, max(1, int(TIMED_S / seconds[i]))) if round_ else 1
                 shapes[i], timed = self._visit(steps[i], most)
                 seconds[i] = min(each.seconds for each in timed)
                 if round_:
