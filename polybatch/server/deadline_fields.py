@@ -10,18 +10,39 @@ Times are in milliseconds from the request's arrival; those of the body come bef
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from polybatch.errors import RequestError
 from polybatch.request import Deadlines, RequestMetrics, WorkflowStage
+from polybatch.server.openapi import parameter
 
 KINDS = ("ttft", "tpot", "e2e")
-HEADERS = {"x-request-ttft-ms": "ttft_ms", "x-request-tpot-ms": "tpot_ms", "x-request-deadline-ms": "e2e_ms"}
+NUMBER = re.compile(r"[0-9]{1,15}(\.[0-9]{0,15})?([eE][+-]?[0-9]{1,3})?", re.ASCII)
 MAX_MS = 1e12
 MAX_NAME_CHARS = 128
 MAX_REMAINING = 1024
+_NAMES = {"X-Request-TTFT-Ms": "ttft_ms", "X-Request-TPOT-Ms": "tpot_ms", "X-Request-Deadline-Ms": "e2e_ms"}
+HEADERS = {name.lower(): field for name, field in _NAMES.items()}
+REQUEST_HEADERS = [
+    parameter(
+        name,
+        f"`deadlines.{field}` of a body without it.",
+        {"type": "number", "exclusiveMinimum": 0},
+        "header",
+    )
+    for name, field in _NAMES.items()
+]
+ANSWER_HEADERS = {
+    name: {"schema": {"type": kind}, "description": f"To requests with deadlines: {text}"}
+    for name, kind, text in (
+        ("X-Predicted-TTFT-Ms", "number", "milliseconds until the first token, as predicted at arrival."),
+        ("X-Predicted-E2E-Ms", "number", "the same, until the last."),
+        ("X-Predicted-Misses", "string", "those that will be missed, of ttft, tpot and e2e, or none."),
+    )
+}
 
 
 def deadlines_from(fields: Mapping[str, Any], headers: Mapping[str, str]) -> Deadlines | None:
@@ -30,12 +51,11 @@ def deadlines_from(fields: Mapping[str, Any], headers: Mapping[str, str]) -> Dea
     for header, name in HEADERS.items():
         text = headers.get(header)
         if text is not None:
-            try:
-                values[name] = float(text)
-            except ValueError as error:
+            if not NUMBER.fullmatch(text):
                 raise RequestError(
                     f"the header {header} is {text[:40]!r}; it must be milliseconds", field=header
-                ) from error
+                )
+            values[name] = float(text)
     given = fields.get("deadlines")
     if given is not None:
         if not isinstance(given, Mapping):

@@ -71,15 +71,21 @@ def describe(
     parameters: list[dict[str, Any]] | None = None,
     also: dict[str, Any] | None = None,
     form: dict[str, Any] | None = None,
+    headers: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments for the decorator of a route.
 
     answer: of status 200, as JSON. errors: statuses besides 401 and 403, and besides what reading a body may
-    end with. also: other media types of status 200. form: schema of a form that is uploaded.
+    end with. also: other media types of status 200. form: schema of a form that is uploaded. headers: that an
+    answer of status 200 may have.
     """
     content = {"application/json": {"schema": _ref(answer)}} if answer is not None else {}
     responses: dict[int, dict[str, Any]] = {
-        200: {"description": "Success.", "content": content | (also or {}), "headers": _headers(200)}
+        200: {
+            "description": "Success.",
+            "content": content | (also or {}),
+            "headers": _headers(200) | (headers or {}),
+        }
     }
     reading = BODY_ERRORS if body is not None or form is not None else ()
     for status in sorted({*errors, *reading, 403}):
@@ -100,9 +106,9 @@ def also_as(kind: type[msgspec.Struct], description: str) -> dict[str, Any]:
     return {"description": description, "content": content, "headers": _headers(503)}
 
 
-def parameter(name: str, description: str, schema: dict[str, Any]) -> dict[str, Any]:
-    """An optional one of the query."""
-    return {"name": name, "in": "query", "description": description, "schema": schema}
+def parameter(name: str, description: str, schema: dict[str, Any], where: str = "query") -> dict[str, Any]:
+    """An optional one. where: "query" or "header"."""
+    return {"name": name, "in": where, "description": description, "schema": schema}
 
 
 class DocumentedAPI(FastAPI):

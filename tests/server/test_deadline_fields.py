@@ -32,7 +32,10 @@ def test_deadlines_of_the_body_come_before_those_of_headers() -> None:
         ({"deadlines": {"e2e_ms": True}}, {}, "deadlines.e2e_ms"),
         ({"deadlines": {"e2e_ms": float("nan")}}, {}, "deadlines.e2e_ms"),
         ({}, {"x-request-tpot-ms": "soon"}, "x-request-tpot-ms"),
-        ({}, {"x-request-tpot-ms": "inf"}, "deadlines.tpot_ms"),
+        ({}, {"x-request-tpot-ms": "inf"}, "x-request-tpot-ms"),
+        ({}, {"x-request-tpot-ms": "1_000"}, "x-request-tpot-ms"),
+        ({}, {"x-request-tpot-ms": "-5"}, "x-request-tpot-ms"),
+        ({}, {"x-request-tpot-ms": "0"}, "deadlines.tpot_ms"),
     ],
 )
 def test_what_is_no_time_is_refused_by_name(fields: Any, headers: Any, where: str) -> None:

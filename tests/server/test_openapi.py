@@ -64,7 +64,8 @@ def attack(server: RunningServer, max_examples: int) -> Counter[int]:
             )  # fmt: skip
             @given(operation.as_strategy(generation_mode=mode), st.booleans())
             def send(case: Any, is_known: bool) -> None:
-                if is_known and isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
+                model = case.body.get("model") if isinstance(case.body, dict) else None
+                if is_known and isinstance(model, str) and model:
                     # Else nearly all would end at a model that is not served.
                     case.body["model"] = "base"
                 # What is sent as nothing at all cannot be refused.

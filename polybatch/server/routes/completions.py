@@ -20,7 +20,7 @@ from polybatch.server.auth import caller_of
 from polybatch.server.bodies import decode_object, read_body
 from polybatch.server.call import ServerCall, parse_server_call
 from polybatch.server.chunks import ChunkWriter
-from polybatch.server.deadline_fields import answer_headers
+from polybatch.server.deadline_fields import ANSWER_HEADERS, REQUEST_HEADERS, answer_headers
 from polybatch.server.echo import EchoedPrompt, add_echo, echoed, without_completions
 from polybatch.server.errors import as_http
 from polybatch.server.generation import Generation, prepare
@@ -33,8 +33,9 @@ from polybatch.server.streams import DONE, EventStream, event, unless_gone
 router = APIRouter(tags=["generation"])
 
 ERRORS = (404, 500, 503)
-CHAT = describe(ChatCompletion, *ERRORS, body=ChatCompletionRequest, also=EVENTS)
-COMPLETIONS = describe(Completion, *ERRORS, body=CompletionRequest, also=EVENTS)
+COMMON: dict[str, Any] = {"also": EVENTS, "parameters": REQUEST_HEADERS, "headers": ANSWER_HEADERS}
+CHAT = describe(ChatCompletion, *ERRORS, body=ChatCompletionRequest, **COMMON)
+COMPLETIONS = describe(Completion, *ERRORS, body=CompletionRequest, **COMMON)
 
 
 @router.post(Endpoint.CHAT.value, **CHAT)
