@@ -52,13 +52,14 @@ def adapters(machine: Machine) -> dict[str, Any]:
 
     A step reads every adapter of its rows, so what counts is how many of those differ: with 64 rows nearly
     all do from 100 adapters on, as in the paper's runs; with 256 their number goes on growing, and grouping
-    waiting requests by adapter (`adapter_cluster`) is what keeps it down.
+    waiting requests by adapter (`adapter_cluster`) is what keeps it down. All of the queue counts for that:
+    of 4,000 requests for 400 adapters ten want the same, so 26 adapters could fill 256 rows.
     """
     ways = {
         "64 rows": EngineSettings(max_num_seqs=64, enable_prefix_caching=False, has_costs=False),
         "256 rows": _settings("fcfs"),
-        "256 rows, clusters of 32": EngineSettings(
-            adapter_cluster=32, enable_prefix_caching=False, has_costs=False
+        "256 rows, clusters of 16": EngineSettings(
+            adapter_cluster=16, enable_prefix_caching=False, has_costs=False
         ),
     }
     rows: list[dict[str, Any]] = []
@@ -73,8 +74,8 @@ def adapters(machine: Machine) -> dict[str, Any]:
         pairs = ((100, 2), (400, 100), (2000, 100))
         ratios[name] = {f"{more} over {fewer}": by[more] / by[fewer] for more, fewer in pairs}
     return {
-        "claim": "with 400 adapters at least 0.9 of the throughput with 100, where most rows have their own",
-        "holds": ratios["64 rows"]["400 over 100"] >= 0.9,
+        "claim": "with 400 adapters at least 0.9 of the throughput with 100, for 64 rows and 256, clustered or not",
+        "holds": all(found["400 over 100"] >= 0.9 for found in ratios.values()),
         "ratios": ratios,
         "rows": rows,
     }

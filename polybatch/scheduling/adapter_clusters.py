@@ -1,8 +1,9 @@
 """Admission by adapter: a step reads every adapter of its batch, so those who share one are better together.
 
-Once the running batch holds so many distinct adapters, waiting requests that bring no new one go first;
-nobody is passed over more than MAX_PASSED times.
-Source: adapter clustering of S-LoRA (Sheng et al. 2023), with a bound.
+Once the running batch holds so many distinct adapters, waiting requests that bring no new one go first,
+however deep in the queue they are. Whoever is first in the policy's order is passed over at most MAX_PASSED
+times, so everybody's turn comes.
+Source: adapter clustering of S-LoRA (Sheng et al. 2023), with a bound, and with the whole queue in view.
 """
 
 from __future__ import annotations
@@ -11,35 +12,76 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from polybatch.request import SequenceStatus
 from polybatch.scheduling.track import Track
+from polybatch.scheduling.waiting import Waiting
 
 MAX_PASSED = 64
 
 
-def clustered(waiting: Iterable[Track], running: Sequence[Track], num_adapters: int) -> Iterator[Track]:
-    """The waiting tracks in the order in which to admit them.
+class AdapterClusters:
+    """A policy's waiting queue, with an index by adapter. Its own order is the policy's."""
 
-    waiting: in the policy's order. Between two of them the first may have been admitted; what its adapter is
-    then counts as well. Live requests and rows of batches are not mixed.
-    """
-    digests = {track.adapter.ref.digest for track in running if track.adapter is not None}
-    rest = list(waiting)
-    while rest:
-        at = _pick(rest, digests) if len(digests) >= num_adapters else 0
-        track = rest.pop(at)
-        yield track
-        if track.seq.status is SequenceStatus.RUNNING:
-            for passed in rest[:at]:
-                passed.num_passed += 1
-            if track.seq.adapter is not None:
-                digests.add(track.seq.adapter.digest)
+    __slots__ = ("_by_digest", "_num_adapters", "_queue")
+
+    def __init__(self, queue: Waiting, num_adapters: int) -> None:
+        self._queue = queue
+        self._num_adapters = num_adapters
+        self._by_digest: dict[str | None, dict[Track, None]] = {}
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def head(self, n: int) -> Iterable[Track]:
+        """The first `n` tracks in the policy's order."""
+        return self._queue.head(n)
+
+    def push(self, track: Track) -> None:
+        self._by_digest.setdefault(_digest(track), {})[track] = None
+        self._queue.push(track)
+
+    def remove(self, track: Track) -> None:
+        """Take a track out, wherever it is. Raises ValueError if it is not there."""
+        self._queue.remove(track)
+        tracks = self._by_digest[_digest(track)]
+        del tracks[track]
+        if not tracks:
+            del self._by_digest[_digest(track)]
+
+    def to_admit(self, n: int, running: Sequence[Track]) -> Iterator[Track]:
+        """Up to `n` tracks in the order in which to admit them.
+
+        Between two of them the first may have been admitted; what its adapter is then counts as well. Live
+        requests and rows of batches are not mixed, nor what the policy puts into different classes.
+        """
+        digests: set[str | None] = {
+            track.adapter.ref.digest for track in running if track.adapter is not None
+        }
+        seen: set[Track] = set()
+        for first in list(self._queue.head(n)):
+            while first not in seen:
+                track = first
+                if len(digests) >= self._num_adapters and first.num_passed < MAX_PASSED:
+                    track = self._oldest(digests, first, seen) or first
+                seen.add(track)
+                yield track
+                if track.seq.status is SequenceStatus.RUNNING:
+                    first.num_passed += track is not first
+                    if track.seq.adapter is not None:
+                        digests.add(track.seq.adapter.digest)
+                if len(seen) >= n:
+                    return
+
+    def _oldest(self, digests: set[str | None], first: Track, seen: set[Track]) -> Track | None:
+        """Who has waited longest, of `first`'s class, of those that need no new adapter."""
+        found: Track | None = None
+        for digest in (None, *digests):
+            for track in self._by_digest.get(digest, ()):
+                if track in seen or track.is_batch != first.is_batch or track.key[0] != first.key[0]:
+                    continue
+                if found is None or track.key < found.key:
+                    found = track
+                break
+        return found
 
 
-def _pick(rest: list[Track], digests: set[str]) -> int:
-    """The first that brings no new adapter; the first of all where there is none, or it waited too long."""
-    is_batch = rest[0].is_batch
-    for index, track in enumerate(rest):
-        if track.is_batch != is_batch or track.num_passed >= MAX_PASSED:
-            return index if track.is_batch == is_batch else 0
-        if track.seq.adapter is None or track.seq.adapter.digest in digests:
-            return index
-    return 0
+def _digest(track: Track) -> str | None:
+    return None if track.seq.adapter is None else track.seq.adapter.digest

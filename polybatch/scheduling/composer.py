@@ -18,7 +18,7 @@ from polybatch.config import SchedulerConfig
 from polybatch.errors import EngineError
 from polybatch.memory.arena import Arena
 from polybatch.memory.prefix_tree import MatchResult
-from polybatch.scheduling.adapter_clusters import clustered
+from polybatch.scheduling.adapter_clusters import AdapterClusters
 from polybatch.scheduling.admission import Admission, PlanDraft
 from polybatch.scheduling.budget import StepSoFar
 from polybatch.scheduling.costs import StepCosts
@@ -197,9 +197,9 @@ class Composer:
         if budget == 0 or room == 0 or not len(waiting):
             return budget
         num_held = 0
-        head = waiting.head(room + MAX_HELD)
-        if self._config.adapter_cluster is not None:
-            head = clustered(head, running, self._config.adapter_cluster)
+        head: Iterable[Track] = waiting.head(room + MAX_HELD)
+        if isinstance(waiting, AdapterClusters):
+            head = waiting.to_admit(room + MAX_HELD, running)
         for track in head:
             if budget == 0 or room == 0 or num_held > MAX_HELD or (is_live_only and track.is_batch):
                 break

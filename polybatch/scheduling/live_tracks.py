@@ -12,6 +12,7 @@ from operator import attrgetter
 from polybatch.config import SchedulerConfig
 from polybatch.memory.arena import Arena
 from polybatch.request import FinishReason, Sequence, SequenceStatus
+from polybatch.scheduling.adapter_clusters import AdapterClusters
 from polybatch.scheduling.admission import Admission
 from polybatch.scheduling.inflight import PrefixesInFlight
 from polybatch.scheduling.policies import Policy
@@ -35,6 +36,8 @@ class LiveTracks:
         self._policy = policy
         self.running: list[Track] = []
         self.waiting = policy.queue()
+        if config.adapter_cluster is not None:
+            self.waiting = AdapterClusters(self.waiting, config.adapter_cluster)
         self.inflight = PrefixesInFlight(arena.page_size)
         self.track_of: dict[Sequence, Track] = {}
         self.of_request: dict[str, list[Track]] = {}

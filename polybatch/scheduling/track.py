@@ -31,7 +31,7 @@ class Track:
     num_shared, salt: so many tokens, whole pages, are cached for everybody, the rest by a number of its own.
     adapter: held while it runs. held_by, held_until: it waits for that running sequence to compute so
     many tokens of their common prefix, so that they are not computed twice. due: when its tokens are due,
-    None where nothing is promised. num_passed: admissions of later ones that were let past it.
+    None where nothing is promised. num_passed: admissions of others while it was first.
     answer: what was predicted at its arrival.
     """
 
