@@ -7,7 +7,7 @@ from math import inf
 
 from polybatch.config import ServiceLevels
 from polybatch.request import Deadlines, Request
-from polybatch.scheduling.track import BATCH_PRIORITY
+from polybatch.scheduling.track import BATCH_PRIORITY, num_expected
 
 
 @dataclass(slots=True)
@@ -62,12 +62,6 @@ def deadlines_of(request: Request, levels: ServiceLevels) -> Deadlines | None:
     if levels.ttft_s is levels.tpot_s is levels.e2e_s is None:
         return None
     return Deadlines(levels.ttft_s, levels.tpot_s, levels.e2e_s)
-
-
-def num_expected(request: Request) -> int:
-    """Tokens of output that a request is expected to have."""
-    expected = request.expected_tokens
-    return request.max_tokens if expected is None else max(1, min(expected, request.max_tokens))
 
 
 def due_of(request: Request, levels: ServiceLevels, now: float) -> Due | None:

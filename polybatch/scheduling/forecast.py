@@ -1,9 +1,9 @@
 """What a request with deadlines is told at its arrival: when its tokens will come, and whether in time.
 
 The forecast plays out, in time instead of steps, what is known now: who runs gives back pages and slots when
-its expected output is there; who waits ahead gets them in the policy's order; prompts are computed one after
-the other at the rate that steps have room for. What arrives later is not known: under the policies that let
-later ones ahead, the answer is as good as the future is quiet.
+its expected output is there; who waits ahead gets them in the policy's order, and where many wait, neighbours
+together; prompts are computed one after the other at the rate that steps have room for. What arrives later is
+not known: under the policies that let later ones ahead, the answer is as good as the future is quiet.
 """
 
 from __future__ import annotations
@@ -12,16 +12,23 @@ import heapq
 from dataclasses import dataclass
 from itertools import islice
 from math import inf
+from operator import attrgetter
 
 from polybatch.memory.arena import Arena
 from polybatch.scheduling.admission import Admission
-from polybatch.scheduling.deadlines import Due, num_expected
+from polybatch.scheduling.deadlines import Due
 from polybatch.scheduling.live_tracks import LiveTracks
 from polybatch.scheduling.policies import Policy
 from polybatch.scheduling.track import Track
 
 MAX_AHEAD = 1024
-"""Waiting requests that are played out one by one; of more the rest is taken to be like these."""
+"""Waiting requests that are looked at; of more the rest is taken to be like these."""
+
+MAX_PARTIES = 32
+"""Into so many parties of neighbours they are put where there are more."""
+
+_num_tokens = attrgetter("seq.num_prompt")
+_num_expected = attrgetter("num_expected")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +49,19 @@ class AdmissionAnswer:
         return not self.missed
 
 
+@dataclass(frozen=True, slots=True)
+class Party:
+    """Waiting neighbours who are taken to start and end together.
+
+    num_tokens, num_pages: all that they have to compute and will be given. num_expected: of output, the mean.
+    """
+
+    size: int
+    num_tokens: int
+    num_pages: int
+    num_expected: float
+
+
 class Forecast:
     """Predicts what a request that has just begun to wait will see."""
 
@@ -59,7 +79,7 @@ class Forecast:
         first_s, last_s = self._play(self._ahead(track), track)
         waited_s = now - due.arrival_s
         ttft_s, e2e_s = waited_s + first_s, waited_s + last_s
-        tick_s = (last_s - first_s) / max(1, num_expected(track.seq.request) - 1)
+        tick_s = (last_s - first_s) / max(1, track.num_expected - 1)
         missed = []
         if ttft_s > due.first_s - due.arrival_s:
             missed.append("ttft")
@@ -83,36 +103,45 @@ class Forecast:
         pace, tracks = self._pace, self._tracks
         live = [other for other in tracks.running if not other.is_batch or track.is_batch]
         computing = sum(other.seq.num_uncomputed for other in live if other.seq.is_prefilling)
-        queued = sum(other.seq.num_tokens for other in ahead) * self._scale(len(ahead))
+        parties = [*self._parties(ahead), self._party([track])]
+        queued = sum(party.num_tokens for party in parties[:-1]) * self._scale(len(ahead))
         backlog_s = pace.prefill_s(computing + round(queued) + track.seq.num_tokens)
         tick_s = max(pace.mean_s, pace.decode_s(min(self._max_seqs, len(live) + len(ahead) + 1)))
         # While prompts are computed decodes come at the pace of full steps.
         busy_tick_s = max(tick_s, pace.full_s)
 
-        def ends_s(num_tokens: int, begin: float = 0.0) -> float:
+        def ends_s(num_tokens: float, begin: float = 0.0) -> float:
             busy_s = min(num_tokens * busy_tick_s, max(0.0, backlog_s - begin))
             return begin + busy_s + (num_tokens - busy_s / busy_tick_s) * tick_s
 
-        ends: list[tuple[float, int]] = []
+        ends: list[tuple[float, int, int]] = []
         for other in live:
-            left = max(1, num_expected(other.seq.request) - other.seq.num_output)
-            ends.append((ends_s(left), len(other.seq.pages)))
+            left = max(1, other.num_expected - other.seq.num_output)
+            ends.append((ends_s(left), len(other.seq.pages), 1))
         heapq.heapify(ends)
         pages, slots = self._arena.num_available, self._max_seqs - len(live)
         pages += sum(
             len(other.seq.pages) for other in tracks.running if other.is_batch and not track.is_batch
         )
         free_s, prefill_end = 0.0, pace.prefill_s(computing) if computing else 0.0
-        for other in [*ahead, track]:
-            wanted = self._admission.num_wanted(other)
-            while ends and (pages < wanted or slots < 1):
-                free_s, given = heapq.heappop(ends)
-                pages, slots = pages + given, slots + 1
-            pages, slots = pages - wanted, slots - 1
-            prefill_end = max(prefill_end, free_s) + pace.prefill_s(other.seq.num_tokens)
-            heapq.heappush(ends, (ends_s(num_expected(other.seq.request), prefill_end), wanted))
+        for party in parties:
+            while ends and (pages < party.num_pages or slots < party.size):
+                free_s, given, left = heapq.heappop(ends)
+                pages, slots = pages + given, slots + left
+            pages, slots = pages - party.num_pages, slots - party.size
+            prefill_end = max(prefill_end, free_s) + pace.prefill_s(party.num_tokens)
+            heapq.heappush(ends, (ends_s(party.num_expected, prefill_end), party.num_pages, party.size))
         prefill_end *= self._scale(len(ahead))
-        return prefill_end, ends_s(num_expected(track.seq.request) - 1, prefill_end)
+        return prefill_end, ends_s(track.num_expected - 1, prefill_end)
+
+    def _parties(self, ahead: list[Track]) -> list[Party]:
+        size = -(-len(ahead) // MAX_PARTIES)
+        return [self._party(ahead[at : at + size]) for at in range(0, len(ahead), size or 1)]
+
+    def _party(self, tracks: list[Track]) -> Party:
+        size = len(tracks)
+        num_pages = sum(map(self._admission.num_wanted, tracks))
+        return Party(size, sum(map(_num_tokens, tracks)), num_pages, sum(map(_num_expected, tracks)) / size)
 
     def _scale(self, num_ahead: int) -> float:
         """By how much more waits than was looked at."""

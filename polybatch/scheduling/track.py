@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from polybatch.memory.adapter_cache import ResidentAdapter
 from polybatch.memory.prefix_tree import Node
-from polybatch.request import Sequence
+from polybatch.request import Request, Sequence
 
 if TYPE_CHECKING:
     from polybatch.scheduling.deadlines import Due
@@ -32,7 +32,7 @@ class Track:
     adapter: held while it runs. held_by, held_until: it waits for that running sequence to compute so
     many tokens of their common prefix, so that they are not computed twice. due: when its tokens are due,
     None where nothing is promised. num_passed: admissions of others while it was first.
-    answer: what was predicted at its arrival.
+    num_expected: tokens of output. answer: what was predicted at its arrival.
     """
 
     __slots__ = (
@@ -50,6 +50,7 @@ class Track:
         "min_len",
         "namespace",
         "node",
+        "num_expected",
         "num_passed",
         "num_scored",
         "num_shared",
@@ -68,6 +69,7 @@ class Track:
         self.min_len = seq.num_prompt + request.params.min_tokens
         self.max_len = seq.num_prompt + request.max_tokens
         self.max_pages = max_pages
+        self.num_expected = num_expected(request)
         self.is_scored = request.params.prompt_logprobs is not None and seq.index == 0
         self.num_scored = 0
         self.capacity = 0
@@ -96,6 +98,12 @@ class Track:
     def is_scoring(self) -> bool:
         """Whether prompt logits are still missing; then nothing may be read from the prefix tree."""
         return self.is_scored and self.num_scored < self.seq.num_prompt
+
+
+def num_expected(request: Request) -> int:
+    """Tokens of output that a request is expected to have."""
+    expected = request.expected_tokens
+    return request.max_tokens if expected is None else max(1, min(expected, request.max_tokens))
 
 
 def salt_number(salt: str) -> int:

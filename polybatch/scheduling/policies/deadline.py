@@ -21,10 +21,10 @@ from math import inf
 from typing import TYPE_CHECKING, ClassVar
 
 from polybatch.request import FinishReason, Request, SequenceStatus
-from polybatch.scheduling.deadlines import Due, num_expected
+from polybatch.scheduling.deadlines import Due
 from polybatch.scheduling.pace import Pace
 from polybatch.scheduling.policies.base import Policy
-from polybatch.scheduling.track import BATCH_PRIORITY, Key, Track
+from polybatch.scheduling.track import BATCH_PRIORITY, Key, Track, num_expected
 from polybatch.scheduling.waiting import WaitingQueue
 from polybatch.scheduling.workflow import StageTimes
 
