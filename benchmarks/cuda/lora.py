@@ -3,9 +3,9 @@
 Claims: 64 adapters of rank 16 on all seven linears cost 32 decode layers at most 2.6 ms at 64 and at 256
 rows; one adapter costs at most 5 % of a step, decoding or in a prefill of 8,192 tokens. Layers are real ones
 but for attention: products, write_kv, norms and SiLU, with and without adapters, as captured graphs over
-several layers of distinct memory, so that no cache holds them. Schedules of the launches are held to the
-default and timed beside it. The exit status says whether a check failed. A rehearsal compiles everything,
-side by side, before the first of them.
+several layers of distinct memory, so that no cache holds them. Without --quick, configurations of the kernels
+are timed side by side. The exit status says whether a check failed. A rehearsal compiles everything, in
+processes side by side, before the first of them.
 
     python -m benchmarks.cuda.lora [--quick] [--json PATH]
 """
@@ -17,7 +17,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +28,14 @@ from benchmarks.cuda.lora_layers import PAGE_BYTES, SHAPES, SPEC, Base, Pool, St
 from benchmarks.cuda.lora_timing import (
     MODEL_LAYERS,
     UNFIT,
-    VARIANTS,
-    WIDE_VARIANTS,
     WRONG,
-    Variant,
-    check_variants,
+    check_graph,
     measure,
     per_launch,
     rehearsal,
     say,
     say_wrong,
     tune,
-    tune_wide,
 )
 from polybatch.adapters.weights import AdapterWeights, ModuleDelta
 from polybatch.execution.cuda_adapters import CudaAdapters
@@ -57,11 +53,11 @@ def attempt(check: Callable[..., None], *args: Any) -> None:
         say_wrong(f"{check.__name__}: {type(error).__name__}: {error}")
 
 
-def check_all(results: dict, seed: int, variant: Variant, dtypes: Iterable[torch.dtype]) -> None:
+def check_all(results: dict, seed: int) -> None:
     """Mixed ranks, gains, biases, missing modules, long and short segments, padded rows."""
     rng = np.random.default_rng(seed)
     worst = {}
-    for dtype in dtypes:
+    for dtype in BOUNDS:
         ranks = []
         for _ in range(6):
             some = [m for m in SHAPES if rng.random() < 0.8]
@@ -72,18 +68,17 @@ def check_all(results: dict, seed: int, variant: Variant, dtypes: Iterable[torch
         for wide in (False, True):
             step = Step(pool, segments, 450, wide=wide)
             for group in range(len(GROUPS)):
-                what = f"{variant.name} {dtype} wide={wide} {GROUPS[group]}"
+                what = f"{dtype} wide={wide} {GROUPS[group]}"
                 try:
-                    with variant.chosen():
-                        error = step.check(group, 1)
+                    error = step.check(group, 1)
                 except (AssertionError, *UNFIT) as reason:
                     say_wrong(f"{what}: {type(reason).__name__}: {reason}")
                     continue
                 worst[str(dtype)] = max(worst.get(str(dtype), 0.0), error)
                 if not error < BOUNDS[dtype]:
                     say_wrong(f"{what}: relative error {error:.2e}")
-    results["errors"][variant.name] = worst
-    say(f"{variant.name}: relative errors against float64: " + ", ".join(
+    results["errors"] = worst
+    say("relative errors against float64: " + ", ".join(
         f"{kind} {error:.1e}" for kind, error in worst.items()
     ))  # fmt: skip
 
@@ -124,9 +119,8 @@ def check_load(results: dict) -> None:
 def run(results: dict, layers: int, seed: int, *, is_quick: bool) -> None:
     """Checks, then times."""
     begin = time.perf_counter()
-    for index, variant in enumerate((VARIANTS[0], VARIANTS[2], VARIANTS[5], WIDE_VARIANTS[3])):
-        dtypes = list(BOUNDS) if index % 2 == 0 or not is_quick else [torch.bfloat16]
-        attempt(check_all, results, seed + index, variant, dtypes)
+    for index in range(1 if is_quick else 4):
+        attempt(check_all, results, seed + index)
     pool, base = Pool(uniform(64, 16), layers, torch.bfloat16), Base(layers)
     cases = {
         "no adapter, 64 rows": ([], 64),
@@ -143,22 +137,22 @@ def run(results: dict, layers: int, seed: int, *, is_quick: bool) -> None:
     }
     steps = {name: Step(pool, segments, rows, wide=False) for name, (segments, rows) in cases.items()}
     for name in ("1 adapter, 256 rows", "64 Zipf, 256 rows", "1 adapter in 128 of 256 rows"):
-        attempt(check_variants, results, name, steps[name], base)
+        attempt(check_graph, name, steps[name], base)
     say(f"checked in {time.perf_counter() - begin:.0f} s; what follows is for {MODEL_LAYERS} layers, in ms")
     for name, step in steps.items():
         measure(name, step, base, results["steps"])
-        if name in ("64 adapters, 64 rows", "64 adapters, 256 rows", "1 adapter, 256 rows"):
-            per_launch(name, step, base, results["launches"], VARIANTS[:1] + VARIANTS[5:6])
+        if name not in ("no adapter, 64 rows", "1 adapter, 1 row", "8 adapters, 256 rows"):
+            per_launch(name, step, base, results["launches"])
     for name, counts in (("1 adapter, 8192 tokens", [8192]), ("25 adapters, 8192 tokens", [327] * 25)):
         step = Step(pool, segments_of(counts), sum(counts), wide=True)
-        measure(name, step, base, results["steps"], WIDE_VARIANTS, 5)
-        per_launch(name, step, base, results["launches"], WIDE_VARIANTS[:2])
-    tune(pool, base, results["tuning"], is_quick=is_quick)
-    tune_wide(pool, base, results["tuning"])
+        measure(name, step, base, results["steps"], 5)
+        per_launch(name, step, base, results["launches"])
+    if not is_quick:
+        tune(pool, base, results["tuning"])
 
 
 def empty_results() -> dict:
-    return {"errors": {}, "differences": {}, "wrong": WRONG, "steps": [], "launches": {}, "tuning": []}
+    return {"errors": {}, "wrong": WRONG, "steps": [], "launches": {}, "tuning": []}
 
 
 def main() -> None:

@@ -119,7 +119,7 @@ class Step:
         assert torch.equal(separate[base], y[base]), "a token without adapter changed"
         errors = [distance(separate, expected)]
         self.lora.h.fill_(torch.nan)
-        self.lora.shrink(group, layer, x, *self.args(layer), is_early=cuda.SCHEDULE.is_early)
+        self.lora.shrink(group, layer, x, *self.args(layer))
         rounded = expected.to(y.dtype)
         for got, wanted in self._fused_and_plain(group, layer, y, rounded):
             errors.append(distance(got, wanted.double()))
@@ -201,27 +201,25 @@ class Base:
                 else:
                     base()
 
-            early = {"is_early": cuda.SCHEDULE.is_early}
-
-            def add_norm(group: int, memory=memory, layer: int = layer, early=early) -> None:
+            def add_norm(group: int, memory=memory, layer: int = layer) -> None:
                 x, residual = b["hidden"], b["residual"]
                 if is_adapted:
                     fused.rms_norm(group, layer, memory, x, self.norm, 1e-5, residual=residual, out=x)
                 else:
-                    rms_norm(x, self.norm, 1e-5, residual=residual, out=x, **early)
+                    rms_norm(x, self.norm, 1e-5, residual=residual, out=x)
 
             product(cuda_fused.QKV, b["hidden"], b["qkv"])
             if is_adapted:
                 fused.write_kv(layer, memory, b["qkv"], *place.args())
             else:
-                write_kv(b["qkv"], *place.args(), **early)
+                write_kv(b["qkv"], *place.args())
             product(cuda_fused.O, b["attention"], b["hidden"])
             add_norm(cuda_fused.O)
             product(cuda_fused.GATE_UP, b["hidden"], b["gate_up"])
             if is_adapted:
                 fused.silu_mul(layer, memory, b["gate_up"], b["activated"])
             else:
-                silu_mul(b["gate_up"], out=b["activated"], **early)
+                silu_mul(b["gate_up"], out=b["activated"])
             product(cuda_fused.DOWN, b["activated"], b["hidden"])
             add_norm(cuda_fused.DOWN)
 

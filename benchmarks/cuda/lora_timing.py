@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,7 @@ from benchmarks.cuda import lora_layers
 from benchmarks.cuda.lora_compile import ForkedCompiler
 from benchmarks.cuda.lora_layers import Base, Placement, Pool, Step, consumers, distance, segments_of, zipf
 from polybatch.kernels.activation import cuda as activation
-from polybatch.kernels.lora import cuda, cuda_fused, work
-from polybatch.kernels.lora.cuda import Order, Schedule
+from polybatch.kernels.lora import cuda, cuda_fused
 from polybatch.kernels.lora.work import GROUPS
 from polybatch.kernels.norm import cuda as norm
 from polybatch.kernels.write_kv import cuda as write_kv
@@ -27,7 +26,7 @@ READ_BYTES_PER_S = 3.09e12
 MODEL_LAYERS = 32
 _KERNELS = (
     (cuda, ("shrink_kernel", "expand_kernel")),
-    (cuda_fused, ("silu_mul_rows", "silu_mul_units", "silu_mul_tiles", "rms_norm_rows", "rms_norm_tiles",
+    (cuda_fused, ("silu_mul_rows", "silu_mul_tiles", "rms_norm_rows", "rms_norm_tiles",
                   "write_kv_rows", "write_kv_tiles")),
     (activation, ("_silu_mul",)),
     (norm, ("_rms_norm",)),
@@ -134,148 +133,72 @@ def row_bytes(step: Step) -> int:
     return sum(step.pool.layouts[n].used_bytes for n in live)
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A schedule, and constants of `cuda_fused` that are set along with it."""
-
-    name: str
-    schedule: Schedule = field(default_factory=Schedule)
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def is_same_arithmetic(self) -> bool:
-        """Whether its results are those of the default, bit for bit."""
-        return not self.settings
-
-    @contextlib.contextmanager
-    def chosen(self) -> Iterator[None]:
-        kept = cuda.SCHEDULE, {name: getattr(cuda_fused, name) for name in self.settings}
-        cuda.SCHEDULE = self.schedule
-        for name, value in self.settings.items():
-            setattr(cuda_fused, name, value)
-        try:
-            yield
-        finally:
-            cuda.SCHEDULE = kept[0]
-            for name, value in kept[1].items():
-                setattr(cuda_fused, name, value)
+@contextlib.contextmanager
+def setting(name: str, value: Any) -> Iterator[None]:
+    """A constant of `cuda_fused` with this value."""
+    kept = getattr(cuda_fused, name)
+    setattr(cuda_fused, name, value)
+    try:
+        yield
+    finally:
+        setattr(cuda_fused, name, kept)
 
 
-def orders(text: str, *, is_early: bool) -> Schedule:
-    """b, a or s for each group: shrink before, after or at the side of the base layer."""
-    by_letter = {"b": Order.BEFORE, "a": Order.AFTER, "s": Order.BESIDE}
-    return Schedule(tuple(by_letter[letter] for letter in text), is_early)
-
-
-UNITS = {"SILU_UNITS": (512, 4, 4, 4), "NORM_ROWS": (1 << 14, 1 << 14, 16, 1, 1)}
-VARIANTS = (
-    Variant("default"),
-    Variant("before", orders("bbbb", is_early=False)),
-    Variant("before early", orders("bbbb", is_early=True)),
-    Variant("after early", orders("aaaa", is_early=True)),
-    Variant("units", settings=UNITS),
-    Variant("units before early", orders("bbbb", is_early=True), UNITS),
-    Variant("units after early", orders("aaaa", is_early=True), UNITS),
-    Variant("units o after early", orders("babb", is_early=True), UNITS),
-    Variant("units o beside early", orders("bsbb", is_early=True), UNITS),
-    Variant("units beside early", orders("ssss", is_early=True), UNITS),
-    Variant("units beside, down after", orders("sssa", is_early=True), UNITS),
-)
-# Of long chunks, whose schedule changes little.
-WIDE_VARIANTS = (
-    VARIANTS[1],
-    Variant("ahead", orders("bbbb", is_early=False), {"TILES_AHEAD": True}),
-    Variant("ahead beside", orders("ssss", is_early=False), {"TILES_AHEAD": True}),
-    Variant("ahead after early", orders("aaaa", is_early=True), {"TILES_AHEAD": True}),
-)
-
-
-def measure(name: str, step: Step, base: Base, results: list, variants=VARIANTS, repeats: int = 20) -> None:
-    """Milliseconds of the model's layers without adapters, and what adapters add to the best of that."""
-    scale = MODEL_LAYERS / base.layers
+def measure(name: str, step: Step, base: Base, results: list, repeats: int = 20) -> None:
+    """Milliseconds of the model's layers without adapters, and what adapters add to them."""
     space, place = base.buffers(step.num_tokens), Placement(step.num_tokens, torch.bfloat16)
-    row = {"name": name, "floor_ms": row_bytes(step) * MODEL_LAYERS / READ_BYTES_PER_S * 1e3,
-           "plan_us": step.plan_s * 1e6}  # fmt: skip
-
-    def launch(variant: Variant, is_adapted: bool) -> Callable[[], None]:
-        def layers() -> None:
-            with variant.chosen():
-                base.run(step, space, place, is_adapted)
-
-        return layers
-
-    adapted = {variant.name: launch(variant, True) for variant in variants}
-    plain = {"plain": launch(VARIANTS[0], False), "plain early": launch(VARIANTS[2], False)}
-    launches = plain | adapted
+    launches = [partial(base.run, step, space, place, is_adapted) for is_adapted in (False, True)]
     if _is_rehearsal:
-        for one in launches.values():
-            one()
+        for launch in launches:
+            launch()
         return
-    times = replays_ms(list(launches.values()), repeats)
-    row |= {name: took * scale for name, took in zip(launches, times, strict=True)}
-    row |= {name: row[name] - row["plain"] for name in adapted}
-    results.append(row)
-    say(f"{name}: floor {row['floor_ms']:.2f}, plan {row['plan_us']:.0f} us, plain {row['plain']:.2f}, early "
-        f"{row['plain early']:.2f} ms; added: "
-        + ", ".join(f"{v.name} {row[v.name]:.2f}" for v in variants))  # fmt: skip
+    plain, adapted = (ms * MODEL_LAYERS / base.layers for ms in replays_ms(launches, repeats))
+    floor = row_bytes(step) * MODEL_LAYERS / READ_BYTES_PER_S * 1e3
+    results.append({"name": name, "floor_ms": floor, "plan_us": step.plan_s * 1e6, "plain_ms": plain,
+                    "added_ms": adapted - plain})  # fmt: skip
+    say(f"{name}: floor {floor:.2f}, plan {step.plan_s * 1e6:.0f} us, plain {plain:.2f}, added "
+        f"{adapted - plain:.2f} ({adapted / plain - 1:.1%})")  # fmt: skip
 
 
-def check_variants(results: dict, name: str, step: Step, base: Base, variants=VARIANTS) -> None:
-    """Whole layers as a graph give what the default gives, replay after replay; bit for bit where only the
-    order of launches differs."""
+def check_graph(name: str, step: Step, base: Base) -> None:
+    """Layers as a graph, where shrink runs beside the base layer, give what they give launch after launch, and
+    the same bits replay after replay."""
     if _is_rehearsal:
         return
-    expected = None
-    for variant in variants:
-        torch.manual_seed(7)
-        space, place = base.buffers(step.num_tokens), Placement(step.num_tokens, torch.bfloat16)
-        tensors = [*space.values(), place.kv]
-        before = [tensor.clone() for tensor in tensors]
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with variant.chosen():
-                base.run(step, space, place, True)
-                with torch.cuda.graph(graph):
-                    base.run(step, space, place, True)
-        except UNFIT as error:
-            say_wrong(f"{name}: {variant.name} cannot launch: {error}")
-            continue
-        worst, is_same = 0.0, True
-        for _ in range(4):
-            for tensor, value in zip(tensors, before, strict=True):
-                tensor.copy_(value)
-            step.lora.h.fill_(torch.nan)
-            graph.replay()
-            got = [tensor.clone() for tensor in tensors]
-            expected = expected or got
-            for mine, wanted in zip(got, expected, strict=True):
-                is_same = is_same and torch.equal(mine, wanted)
-                worst = max(worst, distance(mine, wanted.double()))
-        if variant.is_same_arithmetic and not is_same:
-            say_wrong(f"{name}: {variant.name} differs from the default, by {worst:.1e}")
-        elif not worst < 3e-2:
-            say_wrong(f"{name}: {variant.name} is {worst:.1e} off the default")
-        results["differences"][f"{name}, {variant.name}"] = worst
+    space, place = base.buffers(step.num_tokens), Placement(step.num_tokens, torch.bfloat16)
+    tensors = [*space.values(), place.kv]
+    before = [tensor.clone() for tensor in tensors]
+    base.run(step, space, place, True)
+    separate = [tensor.clone() for tensor in tensors]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        base.run(step, space, place, True)
+    replays = []
+    for _ in range(4):
+        for tensor, value in zip(tensors, before, strict=True):
+            tensor.copy_(value)
+        step.lora.h.fill_(torch.nan)
+        graph.replay()
+        replays.append([tensor.clone() for tensor in tensors])
+    for wanted, *got in zip(separate, *replays, strict=True):
+        # A product may sum in another order in a graph.
+        assert distance(got[0], wanted.double()) < 1e-2, f"{name}: a graph differs"
+        assert all(torch.equal(one, got[0]) for one in got[1:]), f"{name}: replays differ"
 
 
-def per_launch(name: str, step: Step, base: Base, results: dict, variants=VARIANTS[:1]) -> None:
-    """Microseconds of each kernel over layers of distinct memory: plain, fused by variant, and shrink."""
-    found: dict[str, list[float]] = {}
-    space, layers = base.buffers(step.num_tokens), base.layers
-    for what, (plain, fused) in consumers(step, base).items():
-        found[what] = [_us(plain, layers)]
-        for variant in variants:
-            with variant.chosen():
-                found[what].append(_us(fused, layers))
+def per_launch(name: str, step: Step, base: Base, results: dict) -> None:
+    """Microseconds of each kernel over layers of distinct memory: plain, fused, and shrink."""
+    space = base.buffers(step.num_tokens)
+    found = {
+        what: [_us(kernel, base.layers) for kernel in kernels]
+        for what, kernels in consumers(step, base).items()
+    }
     for group, source in enumerate(("hidden", "attention", "hidden", "activated")):
-        found[what := f"shrink {GROUPS[group][0]}"] = []
-        for variant in variants:
-            early = variant.schedule.is_early
 
-            def shrink(i: int, group: int = group, x: torch.Tensor = space[source], early=early) -> None:
-                step.lora.shrink(group, i, x, *step.args(i), is_early=early)
+        def shrink(i: int, group: int = group, x: torch.Tensor = space[source]) -> None:
+            step.lora.shrink(group, i, x, *step.args(i))
 
-            found[what].append(_us(shrink, layers))
+        found[f"shrink {GROUPS[group][0]}"] = [_us(shrink, base.layers)]
     results[name] = found
     say(f"{name}, us a layer: " + ", ".join(
         f"{k} {' -> '.join(f'{t:.1f}' for t in v)}" for k, v in found.items()
@@ -293,59 +216,37 @@ def _us(launch: Callable[[int], Any], layers: int) -> float:
     return replays_ms([all_layers], 10)[0] / layers * 1e3
 
 
-def tune(pool: Pool, base: Base, results: list, *, is_quick: bool) -> None:
-    """Configurations of the fused kernels over rows: 64 adapters at 64 and 256 rows, Zipf, one, none."""
-    steps = [
-        Step(pool, segments_of([1] * 64), 64, wide=False),
-        Step(pool, segments_of([4] * 64), 256, wide=False),
-        Step(pool, zipf(64, 256), 256, wide=False),
-        Step(pool, segments_of([256]), 256, wide=False),
-        Step(pool, [], 256, wide=False),
-    ]
-    kernels = [consumers(step, base) for step in steps]
-    options = {
-        "SILU_ROWS": ("silu_mul", [(512, 16, 8, 4), (1024, 16, 8, 8)]),
-        "SILU_UNITS": ("silu_mul", [(512, 4, 4, 4), (512, 2, 4, 2), (256, 2, 4, 4), (256, 2, 4, 8),
-                                    (256, 1, 4, 4), (1024, 4, 8, 2)]),
-        "NORM_ROWS": ("norm of o", [(1 << 16, 1 << 14, 16, 3, 4), (1 << 16, 1 << 14, 16, 1, 1),
-                                    (1 << 15, 1 << 14, 16, 1, 1), (1 << 14, 1 << 14, 16, 1, 1),
-                                    (1 << 14, 1 << 14, 8, 1, 1), (1 << 16, 1 << 14, 16, 3, 2)]),
-        "WRITE_ROWS": ("write_kv", [(4, 16, 2), (2, 16, 2), (4, 16, 4)]),
-    }  # fmt: skip
-    for is_early in (True,) if is_quick else (False, True):
-        for name, (kernel, settings) in options.items():
-            for setting in settings:
-                with Variant("", orders("bbbb", is_early=is_early), {name: setting}).chosen():
-                    times = [_us(of[kernel][1], base.layers) for of in kernels]
-                results.append({"what": name, "setting": setting, "is_early": is_early, "us": times})
-                say(f"  {name} {setting}{' early' * is_early}: " + ", ".join(f"{t:.1f}" for t in times))
-    if is_quick:
-        return
-    kept = work.DENSE_ROWS
-    for least in (4, 8, 17):
-        work.DENSE_ROWS = least
-        for counts in ([4] * 64, [8] * 32, [16] * 16):
-            step = Step(pool, segments_of(counts), 256, wide=False)
-            per_launch(f"{len(counts)} x {counts[0]}, tiles dense from {least} rows", step, base, dense := {})
-            results.append({"what": "DENSE_ROWS", "setting": least, "us": dense})
-    work.DENSE_ROWS = kept
+def tune(pool: Pool, base: Base, results: list) -> None:
+    """Configurations of the fused kernels around the defaults.
 
-
-def tune_wide(pool: Pool, base: Base, results: list) -> None:
-    """Configurations of the kernels over wide tiles, at one adapter and 8,192 tokens."""
-    step = Step(pool, segments_of([8192]), 8192, wide=True)
-    kernels = consumers(step, base)
+    Over rows: 64 adapters at 64 and at 256 rows, Zipf, one adapter, none. Over wide tiles: one and 25.
+    """
+    narrow = [
+        Step(pool, segments, num_rows, wide=False)
+        for segments, num_rows in (
+            (segments_of([1] * 64), 64), (segments_of([4] * 64), 256), (zipf(64, 256), 256),
+            (segments_of([256]), 256), ([], 256),
+        )
+    ]  # fmt: skip
+    wide = [Step(pool, segments_of(counts), sum(counts), wide=True) for counts in ([8192], [327] * 25)]
+    norms = [(1 << 16, 16), (1 << 14, 16), (1 << 14, 8), (1 << 15, 8)]
     options = {
-        "SILU_TILES": ("silu_mul", [(64, 8, 4, 3), (64, 14, 4, 3), (32, 16, 4, 3), (32, 16, 4, 2)]),
-        "NORM_TILES": ("norm of o", [(256, 16, 4, 2), (128, 16, 4, 3), (256, 32, 8, 2), (128, 32, 8, 3),
-                                     (128, 32, 4, 2)]),
-        "WRITE_TILES": ("write_kv", [(4, 4, 2), (4, 4, 1), (8, 4, 2), (8, 4, 1)]),
-    }  # fmt: skip
-    for name, (kernel, settings) in options.items():
-        for setting in settings:
-            times = []
-            for is_ahead in (False, True):
-                with Variant("", settings={name: setting, "TILES_AHEAD": is_ahead}).chosen():
-                    times.append(_us(kernels[kernel][1], min(4, base.layers)))
-            results.append({"what": name, "setting": setting, "us": times})
-            say(f"  {name} {setting}: {times[0]:.1f} us, ahead {times[1]:.1f} us")
+        "SILU_ROWS": ("silu_mul", narrow, [(512, 16, 8, 4), (1024, 16, 8, 8), (512, 16, 8, 8)]),
+        "NORM_ROWS": ("norm of o", narrow[1:], norms),
+        "NORM_ROWS_ALONE": ("norm of o", narrow[:1], norms),
+        "WRITE_ROWS": ("write_kv", narrow, [(4, 16, 2), (2, 16, 2), (4, 16, 4)]),
+        "SILU_TILES": ("silu_mul", wide, [(64, 8, 4, 3), (64, 14, 4, 3), (64, 8, 8, 3)]),
+        "NORM_TILES": (
+            "norm of o",
+            wide,
+            [(256, 32, 8, 2), (128, 32, 8, 3), (128, 16, 4, 3), (512, 16, 8, 2)],
+        ),
+        "WRITE_TILES": ("write_kv", wide, [(4, 4, 1), (4, 4, 2), (8, 4, 2), (8, 4, 1)]),
+    }
+    for name, (kernel, steps, settings) in options.items():
+        launches = [consumers(step, base)[kernel][1] for step in steps]
+        for value in settings:
+            with setting(name, value):
+                times = [_us(launch, min(base.layers, 4)) for launch in launches]
+            results.append({"what": name, "setting": value, "us": times})
+            say(f"  {name} {value}: " + ", ".join(f"{t:.1f}" for t in times))

@@ -23,7 +23,6 @@ from polybatch.execution.vocabulary import Hosts, patch_embeddings
 from polybatch.kernels import sample
 from polybatch.kernels.activation.cuda import silu_mul
 from polybatch.kernels.embedding.cuda import embedding
-from polybatch.kernels.lora import cuda as lora_cuda
 from polybatch.kernels.lora import work as lora_work
 from polybatch.kernels.lora.cuda import CudaLora
 from polybatch.kernels.lora.cuda_fused import FusedLora
@@ -217,12 +216,6 @@ class StageOperations:
             self._fused = FusedLora(
                 self._shared.lora, self._shared.adapters.words, stage.fields.on, lora, num_rows
             )
-        # Sums over ranks run on streams of their own, after which a kernel cannot start early.
-        self._is_early = (
-            lora_cuda.SCHEDULE.is_early
-            and self._shared.ranks.size == 1
-            and self._shared.device.type == "cuda"
-        )
         self._exchange = None if self._shared.ranks.size == 1 else self._shared.ranks.reduce
         on = stage.fields.on
         self._positions, self._slots = on["positions"][:num_rows], on["slots"][:num_rows]
@@ -249,9 +242,7 @@ class StageOperations:
         given = (qkv, self._positions, self._slots, shared.rope, shared.kv[layer])
         bias, eps = held.biases.get("qkv"), spec.rms_norm_eps
         if self._fused is None:
-            q = write_kv(
-                *given, bias=bias, q_norm=held.q_norm, k_norm=held.k_norm, eps=eps, is_early=self._is_early
-            )
+            q = write_kv(*given, bias=bias, q_norm=held.q_norm, k_norm=held.k_norm, eps=eps)
         else:
             q = self._fused.write_kv(
                 layer, self._rows(layer), *given, bias=bias, q_norm=held.q_norm, k_norm=held.k_norm, eps=eps
@@ -290,7 +281,7 @@ class StageOperations:
 
     def activate(self, layer: int, gate_up: torch.Tensor, out: torch.Tensor) -> None:
         if self._fused is None:
-            silu_mul(gate_up, out=out, is_early=self._is_early)
+            silu_mul(gate_up, out=out)
         else:
             self._fused.silu_mul(layer, self._rows(layer), gate_up, out)
 
@@ -306,7 +297,7 @@ class StageOperations:
     ) -> None:
         eps = self._shared.spec.rms_norm_eps
         if self._fused is None:
-            rms_norm(x, weight, eps, residual=residual, rows=rows, out=out, is_early=self._is_early)
+            rms_norm(x, weight, eps, residual=residual, rows=rows, out=out)
         else:
             self._fused.rms_norm(
                 GROUP_OF[name], layer, self._rows(layer), x, weight, eps,

@@ -204,10 +204,10 @@ def test_tiles_are_dense_where_enough_narrow_rows_share_them():
     world = build_world(shapes, [[{"q_proj": ModuleRows(4)}]], 4096, torch.float32,
                         torch.Generator().manual_seed(0))  # fmt: skip
     views = arrays_of(LoraLimits(200, 4))
-    segments = np.array([(0, work.DENSE_ROWS - 1, 0), (5, 5 + 16 + work.DENSE_ROWS, 0), (30, 100, 0)])
+    segments = np.array([(0, work.LEAD_ROWS - 1, 0), (5, 5 + 16 + work.LEAD_ROWS, 0), (30, 100, 0)])
     work.fill(views, segments, world.templates, world.groups, 1 << 20, num_rows=101, wide=True)
-    dense = np.flatnonzero(views["lora_rows"][work.IS_DENSE, :101])
-    assert dense.tolist() == list(range(5, 21 + work.DENSE_ROWS))
+    dense = np.flatnonzero(views["lora_rows"][work.LEADS, :101] == work.DENSE)
+    assert dense.tolist() == list(range(5, 21 + work.LEAD_ROWS))
 
 
 @given(
@@ -228,12 +228,18 @@ def test_units_hold_every_row_once_but_those_of_wide_tiles_and_plain_kernels(spa
     plan = work.fill(views, np.array(segments), templates, work.group_shapes(SHAPES), 1 << 20,
                      num_rows=num_rows, wide=wide)  # fmt: skip
     units = views["lora_units"][1 : 1 + views["lora_units"][0, 0]]
-    held = []
-    for first, count, tile, _ in units.tolist():
-        assert tile >= 0 or count <= work.BASE_ROWS
+    assert len(units) == (plan.num_units or len(units)) <= num_rows
+    held, parts = [], {}
+    for first, count, tile, part in units.tolist():
+        if count == work.DENSE:
+            parts.setdefault(tile, []).append(part)
+            count = views["lora_tiles"][tile, 0, work.NUM_TOKENS] * (part == 0)
+        else:
+            assert count <= (work.BASE_ROWS if tile == work.ABSENT else work.LEAD_ROWS - 1)
         rows = range(first, first + count)
         assert all(views["lora_rows"][work.TILE, row] == tile for row in rows)
         held += rows
+    assert all(sorted(given) == list(range(work.LEAD_ROWS)) for given in parts.values())
     is_wide = [wide and stop - start >= work.WIDE_TOKENS for start, stop, _ in segments]
     skipped = {r for (a, b, _), w in zip(segments, is_wide, strict=True) if w for r in range(a, b)}
     assert sorted(held) == [row for row in range(plan.num_base, num_rows) if row not in skipped]

@@ -79,9 +79,7 @@ class Step:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("units", [None, (64, 2, 4, 2)])
-def test_silu_mul_gets_the_adapters_of_gate_and_up(case, units, monkeypatch):
-    monkeypatch.setattr(cuda_fused, "SILU_UNITS", units)
+def test_silu_mul_gets_the_adapters_of_gate_and_up(case):
     step = Step(GATE_UP, case)
     out = torch.full((step.num_rows, WIDE), torch.nan)
     step.fused.silu_mul(1, step.memory, step.y, out)
@@ -114,15 +112,9 @@ def test_chosen_rows_get_their_adapters_wherever_their_tile_begins(case):
     assert torch.equal(residual, before)
 
 
-@pytest.mark.parametrize("lead", [1, 2])
-@pytest.mark.parametrize("case", ["rows that share a program", "long and short chunks"])
-def test_programs_of_the_norm_take_any_share_of_the_rows_of_a_tile(lead, case, monkeypatch):
-    monkeypatch.setattr(cuda_fused, "NORM_ROWS", (1 << 10, 1 << 10, 4, 2, lead))
-    test_the_norm_gets_the_adapters_of_o_and_down_and_writes_in_place(case, O)
-
-
-def test_rows_too_wide_to_share_registers_are_alone_in_their_programs(monkeypatch):
-    monkeypatch.setattr(cuda_fused, "SHARED_WIDTH", 64)
+@pytest.mark.parametrize("elements", [1, 1 << 10, 1 << 16])
+def test_the_norm_takes_rows_of_b_in_turns_of_any_size(elements, monkeypatch):
+    monkeypatch.setattr(cuda_fused, "NORM_ROWS", (elements, 4))
     test_the_norm_gets_the_adapters_of_o_and_down_and_writes_in_place("rows that share a program", O)
 
 

@@ -20,14 +20,12 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import Enum
 from functools import partial
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from polybatch.adapters.layout import ALIGN_BYTES
 from polybatch.kernels.lora.cuda_delta import (
@@ -37,14 +35,12 @@ from polybatch.kernels.lora.cuda_delta import (
     add_block,
     load_b,
     open_tile,
-    prefetch,
 )
 from polybatch.kernels.lora.work import (
     A_WORD,
     ABSENT,
     BLOCK_RANK,
     BLOCK_TOKENS,
-    GROUPS,
     H_START,
     MODULE,
     NARROW,
@@ -79,44 +75,15 @@ EXPAND = {NARROW: Tuning(256, 4, 2), WIDE: Tuning(128, 4, 2)}
 EXPAND_RANK = 16
 PROGRAMS_PER_SM = 8
 BESIDE_PER_SM = 8
-# Columns of A that a shrink sends for before it waits.
-_EARLY_COLUMNS = tl.constexpr(1024)
-
-
-class Order(Enum):
-    """When shrink runs. BESIDE: on a branch of a graph; before the base layer where none is captured."""
-
-    BESIDE = "beside"
-    BEFORE = "before"
-    AFTER = "after"
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """How a layer's adapters are launched. orders: by group.
-
-    is_early: kernels over rows start while the one before ends; where branches of a graph meet they do not.
-    """
-
-    orders: tuple[Order, ...] = (Order.BESIDE,) * len(GROUPS)
-    is_early: bool = False
-
-
-SCHEDULE = Schedule()
 
 
 @triton.jit(do_not_specialize=["layer", "part_blocks", "num_parts"])
 def shrink_kernel(
     x, h, memory, words, tiles, items, bounds, stride_x, layer, part_blocks, num_parts,
     NUM_IN: tl.constexpr, UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, EXACT: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """One program: some rows of A against one part of the columns of x, for one tile at a time.
-
-    EARLY: started beside the end of the kernel before; see `cuda_delta`.
-    """
-    if EARLY:
-        gdc_launch_dependents()
+    """One program: some rows of A against one part of the columns of x, for one tile at a time."""
     first_item = tl.load(bounds)
     num_work = (tl.load(bounds + 1) - first_item) * num_parts
     for work in range(tl.program_id(0), num_work, tl.num_programs(0)):
@@ -135,12 +102,6 @@ def shrink_kernel(
         high = tl.minimum(low + part_blocks, (NUM_IN + BLOCK_K - 1) // BLOCK_K)
         t = tl.arange(0, BLOCK_T)
         k = tl.arange(0, BLOCK_K)
-        if EARLY:
-            r = first_block * BLOCK_R + tl.arange(0, BLOCK_R)
-            start = tl.load(words + word + r, mask=r < rank, other=-1)
-            prefetch(memory + start.to(tl.int64) * UNIT + low * BLOCK_K, start >= 0,
-                     tl.minimum(high * BLOCK_K, NUM_IN) - low * BLOCK_K, _EARLY_COLUMNS)  # fmt: skip
-            gdc_wait()
         x_rows = x + (first + t).to(tl.int64)[:, None] * stride_x
         for block in range(first_block, tl.minimum(first_block + per_item, num_blocks)):
             r = block * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -161,8 +122,6 @@ def shrink_kernel(
             # A row that this layer lacks is 0 even where x is infinite.
             total = tl.where(is_row[None, :], total, 0.0)
             tl.store(target, total, mask=(t < num_tokens)[:, None] & (r < rank)[None, :])
-    if EARLY:
-        gdc_wait()
 
 
 @triton.jit(do_not_specialize=["layer"])
@@ -233,18 +192,9 @@ class CudaLora:
         if device.type == "cuda":
             self._side = torch.cuda.Stream(device)
         self.is_rehearsal = False
-        self._num_sms = max(num_programs // PROGRAMS_PER_SM, 1)
+        self.num_sms = max(num_programs // PROGRAMS_PER_SM, 1)
         self._grid = (num_programs,)
         self._grid_beside = (num_beside or num_programs,)
-
-    @property
-    def is_compiled(self) -> bool:
-        """Whether kernels run on a GPU, not in the interpreter, which knows no assembly."""
-        return self.h.is_cuda
-
-    def num_programs(self, per_sm: int) -> int:
-        """Programs of a launch that puts so many on every multiprocessor."""
-        return self._num_sms * per_sm
 
     def launcher(self, kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
         """kernel[grid], or in a rehearsal what only compiles it."""
@@ -272,13 +222,11 @@ class CudaLora:
         round_: int = 0,
         *,
         is_beside: bool = False,
-        is_early: bool = False,
     ) -> None:
         """h of one round of one group. It may run beside the base layer: it reads x and writes h only.
 
         x: [T, in], rows contiguous. memory: the layer's pool, flat, in the dtype of x. words: from
-        `CudaAdapters`. arrays: device copies of what `work.fill` wrote. is_early: start narrow tiles while
-        the kernel before ends.
+        `CudaAdapters`. arrays: device copies of what `work.fill` wrote.
         """
         shape = self.shapes[group]
         for variant in _variants(plan, round_):
@@ -292,7 +240,7 @@ class CudaLora:
                 NUM_IN=shape.num_in, UNIT=self.unit, BLOCK_T=BLOCK_TOKENS[variant],
                 BLOCK_R=BLOCK_RANK if variant == NARROW else plan.wide_ranks[group],
                 BLOCK_K=tuning.columns, STAGES=tuning.num_stages, EXACT=self.is_exact,
-                num_warps=tuning.num_warps, **early(is_early and variant == NARROW),
+                num_warps=tuning.num_warps,
             )  # fmt: skip
 
     def shrink_beside(
@@ -306,39 +254,21 @@ class CudaLora:
         arrays: Mapping[str, torch.Tensor],
         plan: LoraPlan,
     ) -> None:
-        """Launch the base layer and shrink in the order of SCHEDULE.
+        """Launch the base layer and shrink: side by side in a graph, elsewhere shrink first.
 
         base: launches what reads x and writes y. What comes after on the current stream follows both.
+        A graph's branches cost little; outside of one they cost more than they hide.
         """
-        if not self._is_beside(group):
-            is_after = SCHEDULE.orders[group] is Order.AFTER
-            if is_after:
-                base()
-            self.shrink(
-                group, layer, x, memory, words, arrays, plan, is_early=SCHEDULE.is_early and x.is_cuda
-            )
-            if not is_after:
-                base()
+        if self._side is None or not torch.cuda.is_current_stream_capturing():
+            self.shrink(group, layer, x, memory, words, arrays, plan)
+            base()
             return
         main = torch.cuda.current_stream(x.device)
-        assert self._side is not None
         self._side.wait_stream(main)
         base()
         with torch.cuda.stream(self._side):
             self.shrink(group, layer, x, memory, words, arrays, plan, is_beside=True)
         main.wait_stream(self._side)
-
-    def is_early(self, group: int) -> bool:
-        """Whether what reads the group's y starts while the kernel before it ends."""
-        return SCHEDULE.is_early and self._side is not None and not self._is_beside(group)
-
-    def _is_beside(self, group: int) -> bool:
-        """A graph's branches cost little; elsewhere they cost more than they hide."""
-        return (
-            self._side is not None
-            and SCHEDULE.orders[group] is Order.BESIDE
-            and torch.cuda.is_current_stream_capturing()
-        )
 
     def expand(
         self,
@@ -391,14 +321,9 @@ class CudaLora:
             self.expand(group, layer, y, memory, words, arrays, plan, round_)
 
 
-def early(is_early: bool) -> dict[str, bool]:
-    """Options of a launch of a kernel that may start early."""
-    return {"EARLY": is_early, "launch_pdl": is_early}
-
-
 def _variants(plan: LoraPlan, round_: int) -> list[int]:
     has_narrow, has_wide = plan.rounds[round_]
     return [NARROW] * has_narrow + [WIDE] * has_wide
 
 
-__all__ = ["CudaLora", "Order", "Schedule", "Tuning", "early", "expand_kernel", "shrink_kernel"]
+__all__ = ["CudaLora", "Tuning", "expand_kernel", "shrink_kernel"]

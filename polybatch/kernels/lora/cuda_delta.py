@@ -4,11 +4,6 @@ A tile's record and the words of its adapter say where the rows of B lie; see `l
 
 `adapters` below is the tuple (tiles, h, memory, words, layer) that every kernel is given: records of the
 group's tiles, what shrink left, the layer's pool, where rows lie, and which layer it is.
-
-A kernel that starts early (programmatic dependent launch) runs beside the end of the one before. Until it
-waits, it may read what no kernel of a step writes: the step's lists, `words` and rows of adapters, which it
-sends for (`prefetch_b`). h, activations and all that is written come after the wait, and every program waits,
-with work or without, so that who comes after two kernels may rely on both.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
@@ -38,48 +33,17 @@ RECORD_FIRST, RECORD_NUM_TOKENS = tl.constexpr(FIRST), tl.constexpr(NUM_TOKENS)
 _H_START, _RANK, _STRIDE = tl.constexpr(H_START), tl.constexpr(RANK), tl.constexpr(STRIDE)
 _MODULE, RECORD_PARTS, _ABSENT = tl.constexpr(MODULE), tl.constexpr(PARTS), tl.constexpr(ABSENT)
 _MAX_PARTS = tl.constexpr(MAX_PARTS)
-_PREFETCH = tl.constexpr("""{
-    .reg .pred is_there;
-    setp.ne.u32 is_there, $2, 0;
-    @is_there prefetch.global.L2 [$1];
-    mov.b32 $0, 0;
-}""")
-
-
-@triton.jit
-def prefetch(rows, is_row, width, COLUMNS: tl.constexpr):
-    """Send for the first `width` columns of rows, at most COLUMNS, a power of 2: lines of 128 bytes to L2."""
-    line: tl.constexpr = 1024 // rows.dtype.element_ty.primitive_bitwidth
-    at = tl.arange(0, COLUMNS // line if line < COLUMNS else 1) * line
-    is_there = is_row[:, None] & (at < width)[None, :]
-    tl.inline_asm_elementwise(
-        _PREFETCH, "=r,l,r", [rows[:, None] + at[None, :], is_there.to(tl.int32)],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def prefetch_b(tile, module, column, width, adapters, UNIT: tl.constexpr, COLUMNS: tl.constexpr):
-    """Send for a module's first rows of B, `width` columns from `column` on. Rows after them come in time."""
-    tiles, _, memory, words, layer = adapters
-    record = tiles + tile * TILE_STRIDE
-    b_word = tl.load(record + _MODULE + 3 * module)
-    if b_word != _ABSENT:
-        word = words + b_word + layer * tl.load(record + _STRIDE)
-        r = tl.arange(0, 16)
-        start = tl.load(word + 2 + r, mask=r < tl.load(record + _MODULE + 3 * module + 1), other=-1)
-        prefetch(memory + start.to(tl.int64) * UNIT + column, start >= 0, width, COLUMNS)
 
 
 @triton.jit
 def add_rows(
     y, token, count, tile, module, n, is_column, adapters,
-    UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr = 1,
+    UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """gain (y + B h) + bias for `count` tokens of a tile from `token` on, in float32.
 
     y: [BLOCK_T, N] float32. n: [N] columns of the module. No matrix unit: for so few rows it
-    would wait for more than it computes, and one row would be padded to 16. STAGES: turns of B on their way.
+    would wait for more than it computes, and one row would be padded to 16.
     """
     tiles, h, memory, words, layer = adapters
     record = tiles + tile * TILE_STRIDE
@@ -97,7 +61,7 @@ def add_rows(
         part = tl.arange(0, _MAX_PARTS)
         h_rows = h + h_first.to(tl.int64) + (part[:, None] * num_tokens + token + t[None, :]) * h_rank
         is_h_row = (part < num_parts)[:, None] & (t < count)[None, :]
-        for low in tl.range(0, rank, BLOCK_R, num_stages=STAGES):
+        for low in tl.range(0, rank, BLOCK_R, num_stages=1):
             r = low + tl.arange(0, BLOCK_R)
             start = tl.load(word + 2 + r, mask=r < rank, other=-1)
             b = tl.load(memory + start.to(tl.int64)[:, None] * UNIT + n[None, :],

@@ -16,9 +16,9 @@ import torch
 import triton
 
 from polybatch.kernels.activation.cuda import silu_mul
-from polybatch.kernels.lora.cuda import CudaLora, early
+from polybatch.kernels.lora.cuda import CudaLora
 from polybatch.kernels.lora.cuda_rms_norm import rms_norm_rows, rms_norm_tiles
-from polybatch.kernels.lora.cuda_silu_mul import silu_mul_rows, silu_mul_tiles, silu_mul_units
+from polybatch.kernels.lora.cuda_silu_mul import silu_mul_rows, silu_mul_tiles
 from polybatch.kernels.lora.cuda_write_kv import write_kv_rows, write_kv_tiles
 from polybatch.kernels.lora.work import BLOCK_TOKENS, GROUPS, LEAD_ROWS, NARROW, WIDE, LoraPlan
 from polybatch.kernels.norm.cuda import checked_width, rms_norm
@@ -29,28 +29,20 @@ QKV, O, GATE_UP, DOWN = range(len(GROUPS))  # noqa: E741
 # Chosen by benchmarks/cuda/lora.py on an H100. Columns of a block, rows of B in a turn for one token and for
 # several, warps.
 SILU_ROWS = (512, 16, 8, 4)
-# Columns of a block, pieces of it where a unit has several rows, warps, programs per multiprocessor; None
-# where programs of SILU_ROWS are to take rows.
-SILU_UNITS: tuple[int, int, int, int] | None = None
 # Columns of a block, blocks of a program, warps, stages.
 SILU_TILES = (64, 8, 4, 3)
-# Elements of B in a turn for one token and for several, warps for 4,096 columns, turns on their way, rows of
-# a program: a divisor of LEAD_ROWS, 1 beyond SHARED_WIDTH.
-NORM_ROWS = (1 << 16, 1 << 14, 16, 3, LEAD_ROWS)
-SHARED_WIDTH = 4096
-# Shared memory in which a norm's turns of B wait.
-STAGED_BYTES = 1 << 16
+# Elements of B in a turn, warps for 4,096 columns: where programs share a multiprocessor; where each has one.
+NORM_ROWS = (1 << 14, 8)
+NORM_ROWS_ALONE = (1 << 16, 16)
 # Columns of a block, tokens, warps, stages.
-NORM_TILES = (256, 16, 4, 2)
+NORM_TILES = (256, 32, 8, 2)
 # Heads of a program, at most LEAD_ROWS, rows of B in a turn, at least 16, warps.
 WRITE_ROWS = (4, 16, 2)
 # Heads of a program, warps, stages.
-WRITE_TILES = (4, 4, 2)
+WRITE_TILES = (4, 4, 1)
 # Of float32, which would spill with fewer warps.
 WRITE_TILES_EXACT = (1, 8, 1)
 TILE_RANK = 16
-# Whether kernels over wide tiles send for the next block of what they read.
-TILES_AHEAD = False
 
 
 class FusedLora:
@@ -78,29 +70,20 @@ class FusedLora:
 
     def silu_mul(self, layer: int, memory: torch.Tensor, gate_up: torch.Tensor, out: torch.Tensor) -> None:
         """`activation.cuda.silu_mul` of the base layer's gate_up [T, 2 N] and its adapters."""
-        width, base, is_early = out.shape[1], self._base, self._lora.is_early(GATE_UP)
+        width, base = out.shape[1], self._base
         if base:
-            silu_mul(gate_up[:base], out=out[:base], is_early=is_early)
-        if self._plan.has_rows and SILU_UNITS is not None:
-            columns, pieces, warps, per_sm = SILU_UNITS
-            block = max(min(columns, triton.next_power_of_2(width)), 16 * pieces)
-            grid = min((self._num_rows - base) * triton.cdiv(width, block), self._lora.num_programs(per_sm))
-            self._lora.launcher(silu_mul_units, (grid,))(
-                gate_up, gate_up.stride(0), out, out.stride(0), self._units,
-                *self._of_tiles(GATE_UP, layer, memory)[1:],
-                WIDTH=width, BLOCK=block, PIECES=pieces, UNIT=self._lora.unit, BLOCK_T=BLOCK_TOKENS[NARROW],
-                BLOCK_R=TILE_RANK, EXACT=self._lora.is_exact, num_warps=warps, **early(is_early),
-            )  # fmt: skip
-        elif self._plan.has_rows:
+            silu_mul(gate_up[:base], out=out[:base])
+        if self._plan.has_rows:
             columns, rank_one, rank_few, warps = SILU_ROWS
             # The matrix unit takes 16 columns at least, of which each of LEAD_ROWS programs has so many.
             block = max(min(columns, triton.next_power_of_2(width)), 16 * LEAD_ROWS)
-            self._lora.launcher(silu_mul_rows, (self._num_rows - base, triton.cdiv(width, block)))(
-                gate_up[base:], gate_up.stride(0), out[base:], out.stride(0),
-                *self._of_rows(GATE_UP, layer, memory, base),
+            num_units = self._plan.num_units or self._num_rows - base
+            self._lora.launcher(silu_mul_rows, (num_units, triton.cdiv(width, block)))(
+                gate_up, gate_up.stride(0), out, out.stride(0), self._units,
+                *self._of_tiles(GATE_UP, layer, memory)[1:],
                 WIDTH=width, BLOCK=block, UNIT=self._lora.unit, LEAD=LEAD_ROWS, RANK_ONE=rank_one,
                 RANK_FEW=rank_few, BLOCK_T=BLOCK_TOKENS[NARROW], BLOCK_R=TILE_RANK, EXACT=self._lora.is_exact,
-                num_warps=warps, **early(is_early),
+                num_warps=warps,
             )  # fmt: skip
         if self._plan.num_wide:
             block, num_blocks, warps, stages = SILU_TILES
@@ -128,26 +111,24 @@ class FusedLora:
 
         group: O or DOWN. layer: of that product.
         """
-        width, is_early = checked_width(x), self._lora.is_early(group)
+        width = checked_width(x)
         base, num_rows = self._base, self._num_rows - self._base
         if rows is not None:
             base, num_rows = 0, len(rows)
         elif base:
-            rms_norm(x[:base], weight, eps, residual=residual[:base], out=out[:base], is_early=is_early)
+            rms_norm(x[:base], weight, eps, residual=residual[:base], out=out[:base])
         if num_rows and (self._plan.has_rows or rows is not None):
-            of_one, of_few, most_warps, stages, lead = NORM_ROWS
+            # Of chosen rows one way is enough, which need not be compiled twice.
+            is_alone = rows is not None or num_rows <= self._lora.num_sms
+            elements, warps = NORM_ROWS_ALONE if is_alone else NORM_ROWS
             block = triton.next_power_of_2(width)
             # Registers hold so many elements of B; those of 32 bits count twice.
-            share = (1 + self._lora.is_exact) * block
-            rank_one, rank_few = (min(max(elements // share, 1), 16) for elements in (of_one, of_few))
+            rank = min(max(elements // ((1 + self._lora.is_exact) * block), 1), 16)
             self._lora.launcher(rms_norm_rows, (num_rows,))(
                 x[base:], x.stride(0), residual[base:], residual.stride(0), rows, weight,
                 out[base:], out.stride(0), eps, *self._of_rows(group, layer, memory, base),
-                WIDTH=width, BLOCK=block, HAS_CHOSEN=rows is not None, UNIT=self._lora.unit,
-                LEAD=lead if block <= SHARED_WIDTH else 1, RANK_ONE=rank_one, RANK_FEW=rank_few,
-                STAGES_ONE=_stages(stages, 2 * share * rank_one) if rank_one < 16 else 1,
-                STAGES_FEW=_stages(stages, 2 * share * rank_few),
-                num_warps=min(max(block * most_warps // 4096, 1), 16), **early(is_early),
+                WIDTH=width, BLOCK=block, HAS_CHOSEN=rows is not None, UNIT=self._lora.unit, BLOCK_R=rank,
+                num_warps=min(max(block * warps // 4096, 1), 16),
             )  # fmt: skip
         if self._plan.num_wide and rows is None:
             block, tokens, warps, stages = NORM_TILES
@@ -175,13 +156,13 @@ class FusedLora:
         eps: float = 0.0,
     ) -> torch.Tensor:
         """`write_kv.cuda.write_kv` of the base layer's qkv and its adapters; returns q, a view of qkv."""
-        shape, base, is_early = head_shape(qkv, table, kv_pages), self._base, self._lora.is_early(QKV)
+        shape, base = head_shape(qkv, table, kv_pages), self._base
         given = (table, kv_pages, kv_pages.stride(0), bias, q_norm, k_norm, eps)
         compiled = {**shape, "HAS_BIAS": bias is not None, "HAS_NORM": q_norm is not None}
         if base:
             write_kv(
                 qkv[:base], positions[:base], slots[:base], table, kv_pages,
-                bias=bias, q_norm=q_norm, k_norm=k_norm, eps=eps, is_early=is_early,
+                bias=bias, q_norm=q_norm, k_norm=k_norm, eps=eps,
             )  # fmt: skip
 
         def blocks(heads: int) -> int:
@@ -193,7 +174,7 @@ class FusedLora:
                 qkv[base:], qkv.stride(0), positions[base:], slots[base:], *given,
                 *self._of_rows(QKV, layer, memory, base), **compiled, UNIT=self._lora.unit, HEADS=heads,
                 BLOCK_R=rank, BLOCK_T=BLOCK_TOKENS[NARROW], EXACT=self._lora.is_exact,
-                num_warps=warps, **early(is_early),
+                num_warps=warps,
             )  # fmt: skip
         if self._plan.num_wide:
             heads, warps, stages = WRITE_TILES_EXACT if self._lora.is_exact else WRITE_TILES
@@ -216,14 +197,8 @@ class FusedLora:
         """What is compiled into all kernels over wide tiles."""
         return {
             "UNIT": self._lora.unit, "BLOCK_R": TILE_RANK, "IS_LONG": self._plan.is_long,
-            "EXACT": self._lora.is_exact, "AHEAD": TILES_AHEAD and self._lora.is_compiled,
-            "num_warps": num_warps, "num_stages": num_stages,
+            "EXACT": self._lora.is_exact, "num_warps": num_warps, "num_stages": num_stages,
         }  # fmt: skip
-
-
-def _stages(wanted: int, turn_bytes: int) -> int:
-    """Turns of B on their way, of which all but one wait in shared memory."""
-    return min(wanted, 1 + STAGED_BYTES // turn_bytes)
 
 
 __all__ = ["DOWN", "GATE_UP", "QKV", "FusedLora", "O"]

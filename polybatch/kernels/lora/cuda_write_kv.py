@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from polybatch.kernels.lora.cuda_delta import (
     RECORD_FIRST,
@@ -22,10 +21,11 @@ from polybatch.kernels.lora.cuda_delta import (
     add_rows,
     load_b,
     open_tile,
-    prefetch,
-    prefetch_b,
 )
+from polybatch.kernels.lora.work import DENSE
 from polybatch.kernels.write_kv.cuda import finish_heads
+
+_DENSE = tl.constexpr(DENSE)
 
 
 @triton.jit(
@@ -37,35 +37,19 @@ def write_kv_rows(
     NUM_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr,
     HALF: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, UNIT: tl.constexpr,
     HEADS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, EXACT: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid: rows, blocks of HEADS heads of q, of k and of v. Each row of a dense tile has one head.
-
-    EARLY: started beside the end of the kernel before; see `cuda_delta`.
-    """
-    if EARLY:
-        gdc_launch_dependents()
+    """Grid: rows, blocks of HEADS heads of q, of k and of v. Each row of a dense tile has one head."""
     leader = tl.program_id(0)
     block = tl.program_id(1)
     count = tl.load(rows + leader)
     tile = tl.load(rows + max_rows + leader)
     token = tl.load(rows + 2 * max_rows + leader)
-    is_dense = tl.load(rows + 3 * max_rows + leader) != 0
     adapters = (tiles, h, memory, words, layer)
-    if EARLY:
-        if (tile >= 0) & tl.where(is_dense, token < HEADS, count > 0):
-            module, _, first_head, num_heads = _find_heads(block, NUM_HEADS, KV_HEADS, HEADS)
-            first_head += tl.where(is_dense, token, 0)
-            heads = tl.minimum(tl.where(is_dense, 1, HEADS), num_heads - first_head)
-            prefetch_b(tile, module, first_head * DIM, heads * DIM, adapters, UNIT, HEADS * 2 * HALF)
-        gdc_wait()
-    if is_dense:
-        if token < HEADS:
-            _tile(block, token, leader - token, tile, adapters, qkv, qkv_stride,
-                  positions, slots, table, pages, page_stride, bias, q_norm, k_norm, eps,
-                  NUM_HEADS, KV_HEADS, PAGE_SIZE, DIM, HALF, HAS_BIAS, HAS_NORM, UNIT, HEADS, 1, BLOCK_T,
-                  BLOCK_R, True, EXACT, False)  # fmt: skip
-        count = 0
+    if (count == _DENSE) & (token < HEADS):
+        _tile(block, token, leader - token, tile, adapters, qkv, qkv_stride,
+              positions, slots, table, pages, page_stride, bias, q_norm, k_norm, eps,
+              NUM_HEADS, KV_HEADS, PAGE_SIZE, DIM, HALF, HAS_BIAS, HAS_NORM, UNIT, HEADS, 1, BLOCK_T,
+              BLOCK_R, True, EXACT)  # fmt: skip
     for i in range(count):
         slot = tl.load(slots + leader + i)
         if slot >= 0:
@@ -124,15 +108,15 @@ def write_kv_tiles(
     NUM_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr,
     HALF: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, UNIT: tl.constexpr,
     HEADS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, IS_LONG: tl.constexpr,
-    EXACT: tl.constexpr, AHEAD: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Grid: blocks of HEADS heads of q, of k and of v, wide tiles. AHEAD: send for all heads of y at once."""
+    """Grid: blocks of HEADS heads of q, of k and of v, wide tiles."""
     tile = tl.load(bounds + 2) + tl.program_id(1)
     first = tl.load(tiles + tile * TILE_STRIDE + RECORD_FIRST)
     _tile(tl.program_id(0), 0, first, tile, (tiles, h, memory, words, layer), qkv, qkv_stride, positions,
           slots, table, pages, page_stride, bias, q_norm, k_norm, eps,
           NUM_HEADS, KV_HEADS, PAGE_SIZE, DIM, HALF, HAS_BIAS, HAS_NORM, UNIT, HEADS, HEADS, BLOCK_T,
-          BLOCK_R, IS_LONG, EXACT, AHEAD)  # fmt: skip
+          BLOCK_R, IS_LONG, EXACT)  # fmt: skip
 
 
 @triton.jit
@@ -142,7 +126,7 @@ def _tile(
     NUM_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr,
     HALF: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, UNIT: tl.constexpr,
     HEADS: tl.constexpr, NUM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
-    IS_LONG: tl.constexpr, EXACT: tl.constexpr, AHEAD: tl.constexpr,
+    IS_LONG: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """NUM heads of a block of HEADS after those skipped, for a tile whose rows begin at first_row."""
     module, base, first_head, num_heads = _find_heads(block, NUM_HEADS, KV_HEADS, HEADS)
@@ -154,9 +138,6 @@ def _tile(
     position = tl.load(positions + at, mask=slot >= 0, other=0)[:, None]
     slot = slot[:, None]
     row = qkv + at.to(tl.int64)[:, None] * qkv_stride
-    if AHEAD:
-        prefetch(qkv + at.to(tl.int64) * qkv_stride + (base + first_head + skipped) * DIM, is_token,
-                 tl.minimum(NUM, num_heads - first_head - skipped) * DIM, NUM * 2 * HALF)  # fmt: skip
     pair = tl.arange(0, HALF)
     kind = qkv.dtype.element_ty
     start, value, rest = open_tile(tile, t, is_token, module, adapters, BLOCK_R)

@@ -12,8 +12,8 @@ h lies packed in a scratch buffer of fixed size; tiles that do not fit together 
 after the other (shrink, then expand), so that any rank works.
 
 Where one round is enough, as it nearly always is, expand is no launch of its own: the kernel that reads y
-next (`lora.fused`) adds B h to it on the way. It finds a row's tile in `lora_rows`; up to LEAD_ROWS rows
-of a tile share a program there, that of the first.
+next (`lora.cuda_fused`) adds B h to it on the way. It finds a row's tile in `lora_rows`, or the rows of its
+programs in `lora_units`.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ TILE_FIELDS = 16
 ABSENT = -1
 
 # Rows of `lora_rows`: how many rows the row's program handles in narrow launches, 0 for none; its tile, or
-# ABSENT; its token in the tile; whether the tile is dense, so that the matrix unit pays. Programs of a dense
-# tile's first LEAD_ROWS rows share its columns, where columns can be shared.
-LEADS, TILE, TOKEN, IS_DENSE = range(4)
+# ABSENT; its token in the tile. A narrow tile of LEAD_ROWS or more is dense, so that the matrix unit pays:
+# its rows have DENSE for their number, and programs of the first LEAD_ROWS share its columns.
+LEADS, TILE, TOKEN = range(3)
 LEAD_ROWS = 4
-# Rows from which on a narrow tile is dense; at least LEAD_ROWS.
-DENSE_ROWS = 4
+DENSE = -1
 
-# Fields of a unit, the rows that a program takes at once where programs walk a list of them: its first row,
-# how many, its narrow tile or ABSENT. Row 0 of `lora_units` says first how many units follow.
-UNIT_FIRST, UNIT_ROWS, UNIT_TILE = range(3)
+# Fields of a unit, the rows that a program takes at once: its first row, how many, its narrow tile or ABSENT,
+# the part of the columns. A dense tile is LEAD_ROWS units of DENSE rows. Row 0 of `lora_units` says first how
+# many units follow: no more than there are rows.
+UNIT_FIRST, UNIT_ROWS, UNIT_TILE, UNIT_PART = range(4)
 UNIT_FIELDS = 4
 # Most rows of a unit without adapter.
 BASE_ROWS = 8
@@ -135,6 +135,7 @@ class LoraPlan:
     wide tiles has more than BLOCK_RANK rows.
     num_wide: wide tiles in all. num_base: first rows that the plain kernels take, since they are many and
     have no adapter. has_rows: whether rows are left that are in neither.
+    num_units: in `lora_units`; None: any, as in a graph.
     num_h: elements of h in each round; how much there is to exchange, no matter to the launches.
     """
 
@@ -145,6 +146,7 @@ class LoraPlan:
     num_wide: int = 0
     num_base: int = 0
     has_rows: bool = True
+    num_units: int | None = field(default=None, compare=False)
     num_h: tuple[int, ...] = field(default=(0,), compare=False)
 
     @property
@@ -175,7 +177,7 @@ def arrays(limits: LoraLimits) -> dict[str, tuple[tuple[int, ...], type[np.int32
         "lora_tiles": ((limits.max_tiles, num_groups, TILE_FIELDS), np.int32),
         "lora_items": ((num_groups * limits.max_tiles * TILE_ITEMS,), np.int32),
         "lora_bounds": ((MAX_ROUNDS, 2, num_groups, BOUND_FIELDS), np.int32),
-        "lora_rows": ((4, limits.max_tokens), np.int32),
+        "lora_rows": ((3, limits.max_tokens), np.int32),
         "lora_units": ((limits.max_tokens + 1, UNIT_FIELDS), np.int32),
     }
 
@@ -202,7 +204,6 @@ def fill(
     rows = views["lora_rows"]
     rows[LEADS, :num_rows] = 1
     rows[TILE, :num_rows] = ABSENT
-    rows[IS_DENSE, :num_rows] = 0
     segments = np.asarray(segments, np.int64).reshape(-1, 3)
     template = templates[segments[:, 2]]
     keep = (template[:, :, _B_WORDS] != ABSENT).any(axis=(1, 2)) & (segments[:, 1] > segments[:, 0])
@@ -273,8 +274,8 @@ def fill(
     num_base = int(first.min())
     if not wide or num_base < MIN_BASE_ROWS:
         num_base = 0
-    num_covered = _fill_rows(rows, first, num_tokens, num_narrow)
-    _fill_units(
+    _fill_rows(rows, first, num_tokens, num_narrow)
+    num_units = _fill_units(
         views["lora_units"], rows[TILE], first[:num_narrow], num_tokens[:num_narrow], num_base, num_rows
     )
     pairs = list(itertools.pairwise(edges))
@@ -285,7 +286,8 @@ def fill(
         has_wide and bool((template[is_wide][:, :, _RANKS] > BLOCK_RANK).any()),
         num_tiles - num_narrow,
         num_base,
-        has_rows=num_covered + num_base < num_rows,
+        has_rows=num_units > 0,
+        num_units=num_units,
         num_h=tuple(int(h_sizes[low:high].sum()) for low, high in pairs),
     )
 
@@ -327,36 +329,39 @@ def _fill_items(
             held[:, 2:] = first, last
 
 
-def _fill_rows(rows: Array, first: Int64Array, num_tokens: Int64Array, num_narrow: int) -> int:
-    """Each row's tile, and which rows lead programs of narrow launches; returns the rows of wide tiles."""
+def _fill_rows(rows: Array, first: Int64Array, num_tokens: Int64Array, num_narrow: int) -> None:
+    """Each row's tile, and which rows lead programs of narrow launches."""
     tile = np.repeat(np.arange(len(first)), num_tokens)
     token = _within(num_tokens)
     at = first[tile] + token
     rows[TILE, at], rows[TOKEN, at] = tile, token
-    leads = np.minimum(LEAD_ROWS, num_tokens[tile] - token) * (token % LEAD_ROWS == 0)
-    num_in_narrow = int(num_tokens[:num_narrow].sum())
-    leads[num_in_narrow:] = 0
-    rows[IS_DENSE, at[:num_in_narrow]] = (num_tokens >= DENSE_ROWS)[tile[:num_in_narrow]]
-    rows[LEADS, at] = leads
-    return len(at) - num_in_narrow
+    leads = np.where(num_tokens >= LEAD_ROWS, DENSE, num_tokens)
+    leads[num_narrow:] = 0
+    rows[LEADS, at] = np.where((token == 0) | (leads == DENSE)[tile], leads[tile], 0)
 
 
 def _fill_units(
     units: Array, tile_of_row: Array, first: Int64Array, num_tokens: Int64Array, num_base: int, num_rows: int
-) -> None:
-    """Units of the narrow tiles, then of the rows without adapter from num_base on."""
+) -> int:
+    """Units of the narrow tiles, then of the rows without adapter from num_base on; returns their number."""
+    is_dense = num_tokens >= LEAD_ROWS
+    parts = np.where(is_dense, LEAD_ROWS, 1)
     base = np.flatnonzero(tile_of_row[num_base:num_rows] == ABSENT) + num_base
     # Neighbours share a unit: a run's rows have one difference of row and place in the list.
     shift = base - np.arange(len(base))
     starts = np.searchsorted(shift, shift)
     leads = np.flatnonzero((np.arange(len(base)) - starts) % BASE_ROWS == 0)
-    num_tiles, num_units = len(first), len(first) + len(leads)
+    num_of_tiles = int(parts.sum())
+    num_units = num_of_tiles + len(leads)
     units[0, 0] = num_units
-    held = units[1 : 1 + num_units]
-    held[:num_tiles, UNIT_FIRST], held[:num_tiles, UNIT_ROWS] = first, num_tokens
-    held[:num_tiles, UNIT_TILE] = np.arange(num_tiles)
-    held[num_tiles:, UNIT_FIRST], held[num_tiles:, UNIT_TILE] = base[leads], ABSENT
-    held[num_tiles:, UNIT_ROWS] = np.diff(leads, append=len(base))
+    of_tiles, of_base = units[1 : 1 + num_of_tiles], units[1 + num_of_tiles : 1 + num_units]
+    of_tiles[:, UNIT_FIRST] = np.repeat(first, parts)
+    of_tiles[:, UNIT_ROWS] = np.repeat(np.where(is_dense, DENSE, num_tokens), parts)
+    of_tiles[:, UNIT_TILE] = np.repeat(np.arange(len(first)), parts)
+    of_tiles[:, UNIT_PART] = _within(parts)
+    of_base[:, UNIT_FIRST], of_base[:, UNIT_TILE], of_base[:, UNIT_PART] = base[leads], ABSENT, 0
+    of_base[:, UNIT_ROWS] = np.diff(leads, append=len(base))
+    return num_units
 
 
 def _within(counts: Array) -> Array:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from polybatch.errors import EngineError
 
@@ -27,7 +26,6 @@ def rms_norm(
     residual: torch.Tensor | None = None,
     rows: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
-    is_early: bool = False,
 ) -> torch.Tensor:
     """Normalise rows of x, or of residual + x, which then becomes the residual; returns out.
 
@@ -36,8 +34,6 @@ def rms_norm(
     rows: [L] int32, rows to normalise, -1 for none; out[i] is that of rows[i], and the residual stays as
         it was. None: all rows
     out: [T, N] or [L, N], rows may be strided; may be x where rows is None. None: allocated
-    is_early: start while the kernel before ends (programmatic dependent launch); `rows` must have been on the
-        device before that kernel began
     Reads and writes x (and the residual) once. Raises EngineError for rows wider than 16,384.
     """
     width = checked_width(x)
@@ -50,7 +46,7 @@ def rms_norm(
             x, x.stride(0), residual, 0 if residual is None else residual.stride(0), rows, weight,
             out, out.stride(0), eps,
             WIDTH=width, BLOCK=block, HAS_RESIDUAL=residual is not None, HAS_ROWS=rows is not None,
-            EARLY=is_early, launch_pdl=is_early, num_warps=min(max(block // 512, 1), 16),
+            num_warps=min(max(block // 512, 1), 16),
         )  # fmt: skip
     return out
 
@@ -67,12 +63,7 @@ def checked_width(x: torch.Tensor) -> int:
 def _rms_norm(
     x, x_stride, residual, residual_stride, rows, weight, out, out_stride, eps,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_ROWS: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
-    if EARLY:
-        # Every program waits: who comes next relies on it.
-        gdc_launch_dependents()
-        gdc_wait()
     target = tl.program_id(0).to(tl.int64)
     source = target
     if HAS_ROWS:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from polybatch.errors import EngineError
 
@@ -53,7 +52,6 @@ def write_kv(
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     eps: float = 0.0,
-    is_early: bool = False,
 ) -> torch.Tensor:
     """Rotate q in place and scatter k and v; returns q, [T, H, D], a view of qkv.
 
@@ -62,8 +60,6 @@ def write_kv(
     table: `rope_table`, positions < len(table)
     kv_pages: [num_pages, 2, KH, page_size, D], pages may be strided; k and v are rounded to its dtype
     bias: [(H + 2 KH) * D], added first, or None. q_norm, k_norm: [D], both or neither.
-    is_early: start while the kernel before ends (programmatic dependent launch); positions, slots and the
-        table must have been on the device before that kernel began
     Raises EngineError where shapes disagree.
     """
     shape = head_shape(qkv, table, kv_pages)
@@ -73,7 +69,7 @@ def write_kv(
         _write_kv[grid](
             qkv, qkv.stride(0), positions, slots, table, kv_pages, kv_pages.stride(0),
             bias, q_norm, k_norm, eps, **shape, HAS_BIAS=bias is not None, HAS_NORM=q_norm is not None,
-            HEADS=HEADS, EARLY=is_early, launch_pdl=is_early, num_warps=4,
+            HEADS=HEADS, num_warps=4,
         )  # fmt: skip
     return queries_of(qkv, shape)
 
@@ -105,12 +101,7 @@ def _write_kv(
     qkv, qkv_stride, positions, slots, table, pages, page_stride, bias, q_norm, k_norm, eps,
     NUM_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr,
     HALF: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HEADS: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
-    if EARLY:
-        # Every program waits, with work or without: who comes next relies on it.
-        gdc_launch_dependents()
-        gdc_wait()
     token = tl.program_id(0)
     slot = tl.load(slots + token)
     if slot < 0:
