@@ -71,7 +71,7 @@ def test_live_requests_hold_up_rows_until_their_batch_falls_behind() -> None:
     asyncio.run(work())
 
 
-def test_promoted_rows_take_a_quarter_of_the_slots_at_most() -> None:
+def test_there_is_one_promoted_row_per_four_live_requests_that_run_or_wait() -> None:
     async def work() -> None:
         capacity, late = busy_capacity(), batch(elapsed=0.95)
         assert await num_granted(capacity, late, 8) == capacity.num_promoted == 2

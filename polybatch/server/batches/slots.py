@@ -6,7 +6,7 @@ get half of the free slots; while one of them waits, no further row is sent. Amo
 nearest deadline goes first.
 
 Where interactive requests leave too little, batches would miss their deadlines. Rows of those that fall
-behind are promoted: a few at once, they take their turns with interactive requests.
+behind are promoted: one per few interactive requests, they take turns with these.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BUSY_SHARE = 2
 """While interactive requests run: one row per so many free slots."""
 
 PROMOTED_SHARE = 4
-"""Of the completions that the engine runs at once, one in so many may be a promoted one."""
+"""One promoted completion per so many interactive ones that run or wait, for they take turns."""
 
 TICK_S = 0.02
 """How soon a change of interactive load is seen."""
@@ -39,7 +39,6 @@ class Capacity:
 
     def __init__(self, admission: Admission, max_seqs: int) -> None:
         self._admission, self._max_seqs = admission, max_seqs
-        self._max_promoted = max(1, max_seqs // PROMOTED_SHARE)
         self._waiting: list[tuple[float, int, asyncio.Future[None], Batch]] = []
         self._order = itertools.count()
         self._alone = asyncio.Lock()
@@ -74,7 +73,8 @@ class Capacity:
         self._grant()
 
     def _may_promote(self, count: int) -> bool:
-        return not self.num_promoted or self.num_promoted + count <= self._max_promoted
+        num_live = self._admission.num_running_seqs + self._admission.num_queued_seqs
+        return not self.num_promoted or self.num_promoted + count <= num_live // PROMOTED_SHARE
 
     async def acquire(self, batch: Batch) -> None:
         """Wait for a slot; the nearest deadline goes first."""
