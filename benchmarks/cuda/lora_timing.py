@@ -161,8 +161,10 @@ def measure(name: str, step: Step, base: Base, results: list, repeats: int = 20)
 
 
 def check_graph(name: str, step: Step, base: Base) -> None:
-    """Layers as a graph, where shrink runs beside the base layer, give what they give launch after launch, and
-    the same bits replay after replay."""
+    """Layers as a graph, where shrink runs beside the base layer, give what they give launch after launch.
+
+    Every replay gives the same bits.
+    """
     if _is_rehearsal:
         return
     space, place = base.buffers(step.num_tokens), Placement(step.num_tokens, torch.bfloat16)

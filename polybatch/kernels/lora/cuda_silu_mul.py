@@ -42,7 +42,7 @@ def silu_mul_rows(
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, LEAD: tl.constexpr, RANK_ONE: tl.constexpr,
     RANK_FEW: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Grid: units, or more than there are; blocks of columns, of which a dense tile's unit has one in LEAD."""
+    """Grid: units, or more than there are; blocks of columns, each of LEAD programs where a tile is dense."""
     if tl.program_id(0) < tl.load(units):
         unit = units + (1 + tl.program_id(0)) * _UNIT_STRIDE
         block = tl.program_id(1)
