@@ -102,7 +102,7 @@ def plan(
         )  # fmt: skip
     console.print(plan_table(found))
     for sentence in verdict(found):
-        console.print(sentence)
+        console.print(sentence, soft_wrap=True)
     if json_out is not None:
         _write(json_out, found)
     if plot is not None:

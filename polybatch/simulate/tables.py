@@ -47,10 +47,11 @@ def totals_table(reports: Sequence[tuple[str, Report]]) -> Table:
 def plan_table(plan: Plan) -> Table:
     """Every layout that was searched, best first."""
     table = Table(title=f"{plan.trace}: goodput", title_justify="left")
-    for name in ("layout", "devices", "requests/s", "per device", "TTFT P90", "TPOT P90"):
-        table.add_column(name, justify="left" if name == "layout" else "right")
+    table.add_column("layout")
+    for name in ("devices", "req/s", "per device", "TTFT P90", "TPOT P90"):
+        table.add_column(name, justify="right", no_wrap=True)
     if plan.rate is not None:
-        table.add_column(f"devices for {plan.rate:g}/s", justify="right")
+        table.add_column(f"for {plan.rate:g}/s", justify="right", no_wrap=True)
     for found in sorted(plan.candidates, key=lambda c: (c.is_bound, -c.per_device)):
         below = "< " if found.is_bound else ""
         times = ("", "") if found.report is None else (found.report.ttft.p90, found.report.tpot.p90)
