@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.scheduling import deadlines, groups, hexgen, sarathi, slora
+from benchmarks.scheduling import deadlines, distserve, groups, hexgen, live_offline, sarathi, slora
 from polybatch import __version__
 from polybatch.simulate.machines import Machine, load_machine
 
@@ -28,6 +28,9 @@ EXPERIMENTS: dict[str, Callable[[Machine], dict[str, Any]]] = {
     "slora_admission": slora.admission,
     "slora_adapters": slora.adapters,
     "deadline_overload": deadlines.overload,
+    "deadline_traces": deadlines.on_traces,
+    "live_offline": live_offline.live_and_offline,
+    "distserve_goodput": distserve.goodput,
     "hexgen_slo_scale": hexgen.slo_scale,
     "batchllm_groups": groups.shared_prefixes,
 }
@@ -38,7 +41,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(EXPERIMENTS)}; default all")
     parser.add_argument("--machine", default="h100-8b", help="a built-in machine or a calibrated profile")
     args = parser.parse_args()
-    names = args.names or list(EXPERIMENTS)
+    names = args.names or [n for n in EXPERIMENTS if n != "deadline_traces" or deadlines.DATA.is_dir()]
     if unknown := set(names) - EXPERIMENTS.keys():
         parser.error(f"{sorted(unknown)[0]!r} is no experiment; there are {', '.join(EXPERIMENTS)}")
     machine = load_machine(args.machine)
