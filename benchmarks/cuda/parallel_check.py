@@ -5,27 +5,36 @@
 Claim: a model cut over two GPUs computes what it computes on one, with and without adapters of any rank, in
 mixed steps, in captured decode steps and a step ahead; its steps are faster than one GPU's. The bound of the
 ratio: halved weights and KV, whole vocabulary head on rank 0, and two sums per layer. A check that fails ends
-the run, with status 1, before anything is timed. `--device cpu` tries the script itself without a GPU.
+the run, with status 1, before anything is timed. `--device cpu` tries the script itself without a GPU. Every
+phase is printed with the seconds since the start; a run that hangs says where, and ends.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import json
+import logging
 import os
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+if "--device=cpu" in sys.argv or "--device cpu" in " ".join(sys.argv):
+    # Decided when kernels are defined, before any of the imports that follow; other ranks inherit it.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
 from benchmarks.cuda.adapters import RandomAdapters
 from polybatch.adapters.weights import AdapterWeights, ModuleDelta
 from polybatch.config import ModelSpec
+from polybatch.execution import team
 from polybatch.execution.cuda import CudaExecutor
 from polybatch.execution.parallel import ParallelExecutor
 from polybatch.kernels import interpret
@@ -47,7 +56,24 @@ BOUNDS = {"float32": 1e-4, "bfloat16": 2e-2}
 DEEP_BOUND = 6e-2
 """After 32 layers at bfloat16."""
 
+SILENCE_S = 60.0
+"""Without a sign of any rank, after which the run ends."""
+
+TRACE_S = 100.0
+"""After which this process says where it stands, again and again."""
+
+BEGAN = time.perf_counter()
+
 GREEDY = SamplingParams(temperature=0.0)
+
+
+def say(text: str) -> None:
+    print(f"[{time.perf_counter() - BEGAN:6.1f} s] {text}", flush=True)
+
+
+class _Say(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
 
 
 class Hand:
@@ -175,6 +201,12 @@ def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
 Build = Callable[[bool], CudaExecutor]
 
 
+def step_of(what: str, done: int, total: int) -> None:
+    """What one rank's start-up does; several say it themselves."""
+    if done in (0, 1, total):
+        say(f"{what} {done} of {total}")
+
+
 def free() -> None:
     gc.collect()
     if torch.cuda.is_available():
@@ -185,11 +217,15 @@ def both(build: Build, work: Callable[[CudaExecutor], Any]) -> tuple[list[Any], 
     """What the work gives on one GPU and on several, and the seconds that each took to start."""
     results, starts = [], []
     for is_parallel in (False, True):
+        name = "N ranks" if is_parallel else "1 rank"
+        say(f"{name}: start")
         began = time.perf_counter()
         executor = build(is_parallel)
         starts.append(round(time.perf_counter() - began, 2))
+        say(f"{name}: {executor.describe()['start-up']}; steps")
         try:
             results.append(work(executor))
+            say(f"{name}: close")
         finally:
             executor.close()
             del executor
@@ -204,9 +240,10 @@ def check_small(config: str, dtype: str, make: Callable[..., Build], scale: int)
     errors = [relative(b, a) for a, b in zip(one, two, strict=True)]
     same = two_tokens == one_tokens
     is_right = max(errors) < BOUNDS[dtype] and (same or dtype != "float32")
-    print(f"{dtype} 2 layers: relative errors {[f'{e:.1e}' for e in errors]}, tokens "
-          f"{'equal' if same else 'differ'}, started in {starts} s: {'right' if is_right else 'WRONG'}",
-          flush=True)  # fmt: skip
+    say(
+        f"{dtype} 2 layers: relative errors {[f'{e:.1e}' for e in errors]}, tokens "
+        f"{'equal' if same else 'differ'}, started in {starts} s: {'right' if is_right else 'WRONG'}"
+    )
     return {"dtype": dtype, "errors": errors, "tokens_equal": same, "is_right": is_right}
 
 
@@ -217,17 +254,20 @@ def time_steps(executor: CudaExecutor, quick: bool, scale: int) -> dict[str, Any
     random = RandomAdapters(executor.spec, device=where, buffer_bytes=2**28 if quick else 2**30)
     held = [random.make(f"a{i}", 16) for i in range(16 if quick else 64)]
     result: dict[str, Any] = {}
-    steps = 2 if where == "cpu" else 20 if quick else 60
+    steps = 2 if where == "cpu" else 16 if quick else 60
+    rounds = 1 if quick else 3
     for mix, adapters in (("plain", [None]), ("adapters", held)):
         length = 16 * scale
-        whole = [hand.sequence(length, seed, adapters[seed % len(adapters)]) for seed in range(3)]
+        whole = [hand.sequence(length, seed, adapters[seed % len(adapters)]) for seed in range(1 + rounds)]
         hand.forward([(whole[0], length)])
+        say(f"prefill {length} {mix}")
         began = time.perf_counter()
         for seq in whole[1:]:
             result[f"logits {mix}"] = hand.forward([(seq, length)])
-        result[f"prefill {length} {mix}"] = (time.perf_counter() - began) / 2
+        result[f"prefill {length} {mix}"] = (time.perf_counter() - began) / rounds
         hand.release(whole)
         for batch in (1, 4 if where == "cpu" else 64):
+            say(f"decode B={batch} {mix}")
             seqs = [hand.sequence(scale, i, adapters[i % len(adapters)], 2 * steps) for i in range(batch)]
             for seq in seqs:
                 seq.num_computed = scale - 1
@@ -238,7 +278,9 @@ def time_steps(executor: CudaExecutor, quick: bool, scale: int) -> dict[str, Any
 
 
 def time_large(config: str, make: Callable[..., Build], quick: bool, scale: int) -> dict[str, Any]:
-    build = make(config, dtype="bfloat16", num_pages=14336 if scale > 64 else 2000,
+    # Triton's interpreter multiplies matrices of bfloat16 as if they were integers.
+    dtype, num_pages = ("bfloat16", 14336) if scale > 64 else ("float16", 2000)
+    build = make(config, dtype=dtype, num_pages=num_pages,
                  max_num_tokens=16 * scale + 64, max_num_seqs=64, max_model_len=16 * scale + 64)  # fmt: skip
     (one, two), starts = both(build, lambda executor: time_steps(executor, quick, scale))
     figures: dict[str, Any] = {"startup_s": starts}
@@ -252,7 +294,7 @@ def time_large(config: str, make: Callable[..., Build], quick: bool, scale: int)
         figures[key] = {"one_ms": 1000 * value, "many_ms": 1000 * two[key], "ratio": value / two[key]}
         print(f"{key:<28}{1000 * value:>10.3f}{1000 * two[key]:>11.3f}{value / two[key]:>8.2f}", flush=True)
     figures["is_right"] = all(v < DEEP_BOUND for k, v in figures.items() if k.startswith("error"))
-    print(f"started in {starts} s")
+    say(f"started in {starts} s")
     return figures
 
 
@@ -263,7 +305,11 @@ def main() -> int:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--json", type=Path, help="where to put the figures")
     args = parser.parse_args()
-    is_cuda, began = args.device == "cuda", time.perf_counter()
+    is_cuda = args.device == "cuda"
+    faulthandler.dump_traceback_later(TRACE_S if is_cuda else 10 * TRACE_S, repeat=True)
+    team.SILENCE_S = SILENCE_S if is_cuda else 10 * SILENCE_S
+    logging.basicConfig(handlers=[_Say()])
+    logging.getLogger("polybatch.execution").setLevel(logging.DEBUG)
     # The other ranks import the package from here too, where it is not installed.
     root = str(Path(__file__).parents[2])
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
@@ -278,14 +324,14 @@ def main() -> int:
             if is_parallel:
                 return ParallelExecutor(weights, model=f"random:{config}", size=args.size, device=args.device,
                                         draw_on=draw_on, **limits)  # fmt: skip
-            return CudaExecutor(weights, device="cuda:0" if is_cuda else "cpu", **limits)
+            return CudaExecutor(weights, device="cuda:0" if is_cuda else "cpu", progress=step_of, **limits)
 
         return build
 
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "config.json"
         config.write_text(json.dumps(SMALL if is_cuda else TINY))
-        dtypes = ("float32", "bfloat16") if is_cuda else ("float32",)
+        dtypes = ("float32", "bfloat16") if is_cuda and not args.quick else ("float32",)
         checks = [check_small(str(config), dtype, make, 64 if is_cuda else 8) for dtype in dtypes]
         figures: dict[str, Any] = {"checks": checks}
         is_right = all(check["is_right"] for check in checks)
@@ -293,12 +339,20 @@ def main() -> int:
             large = "llama-3.1-8b" if is_cuda else str(config)
             figures["steps"] = time_large(large, make, args.quick, 512 if is_cuda else 8)
             is_right = figures["steps"]["is_right"]
-    figures["seconds"] = round(time.perf_counter() - began, 1)
-    print(f"{figures['seconds']} s in all")
+    figures["seconds"] = round(time.perf_counter() - BEGAN, 1)
+    say("done")
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1))
     return 0 if is_right else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+    except Exception:  # noqa: BLE001 the process ends whatever it is
+        traceback.print_exc()
+        status = 1
+    # What a rank left on a GPU, or in a library, must not keep the process.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -157,6 +157,7 @@ class CudaExecutor:
         self.startup_s = {"weights": loaded - began}
         """Seconds that start-up took, by phase."""
         if self._is_cuda:
+            report("kernels", 0, 1)
             self._warm_up()
             torch.cuda.synchronize(where)
         self.startup_s["kernels"] = (compiled := time.perf_counter()) - loaded

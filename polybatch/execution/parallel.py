@@ -8,7 +8,6 @@ back: rank 0 alone has embeddings, logits and sampled tokens.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Any
@@ -23,7 +22,7 @@ from polybatch.execution.cuda import CudaExecutor, CudaLaunch, variant_of
 from polybatch.execution.cuda_adapters import CudaAdapters
 from polybatch.execution.cuda_stage import Filled, Rescale, Stage
 from polybatch.execution.cuda_step import Array, Int64s
-from polybatch.execution.ranks import join
+from polybatch.execution.ranks import RankGroup, join
 from polybatch.execution.sharding import Shard, ShardedWeights, SumScales, shard_adapter, shard_spec
 from polybatch.execution.team import Team
 from polybatch.kernels import interpret
@@ -31,9 +30,6 @@ from polybatch.models.weights import ModelWeights
 from polybatch.sampling.sampler import Sampled
 from polybatch.sampling.state import SamplingState
 from polybatch.scheduling.plan import StepPlan
-
-POLL_S = 20e-6
-"""Between looks at a step that other ranks take part in."""
 
 
 class ShardedExecutor(CudaExecutor):
@@ -80,7 +76,8 @@ class ParallelExecutor(ShardedExecutor):
     settings: as of `CudaExecutor`.
 
     Raises ConfigError where the model cannot be cut into `size` parts, and what keeps a rank from loading its
-    own. Once a rank fails, every call raises EngineError, or the rank's own error, that names it.
+    own. Once a rank fails, or no rank gets on for `team.SILENCE_S`, every call raises EngineError, or the
+    rank's own error, that names it and what it did.
     """
 
     def __init__(
@@ -91,23 +88,32 @@ class ParallelExecutor(ShardedExecutor):
         self._whole_spec = weights.spec
         if device == "cpu":
             interpret.prepare()
-        told = {name: value for name, value in settings.items() if name != "progress"}
+        report = settings.pop("progress", None) or (lambda what, done, total: None)
         self._team = team = Team(size)
         try:
             with team.watch():
                 for rank in range(1, size):
                     where = device_of(device, rank)
-                    team.tell(ms.Start(model, rank, size, team.store, where, draw_on, told), rank)
+                    team.tell(ms.Start(model, rank, size, team.store, where, draw_on, settings), rank)
                 team.flush()
-                team.await_ready(1)
+                team.enter("it waits for the others")
+                team.await_phase(ms.JOINING)
+                team.enter(ms.JOINING)
                 where = device_of(device, 0)
                 if where != "cpu":
                     torch.cuda.set_device(where)
-                ranks = self._group = join(team.store, 0, size, torch.device(where))
+                ranks = self._group = team.run(lambda: _join(team.store, size, where))
                 team.on_failure = ranks.abort
+                team.enter(ms.BUILDING)
+
+                def progress(what: str, done: int, total: int) -> None:
+                    team.enter(f"{ms.BUILDING}, {what}", done, total)
+                    report(what, done, total)
+
                 own = ShardedWeights(weights, Shard(0, size))
-                super().__init__(own, ranks=ranks, device=where, **settings)
-                team.await_ready(2)
+                super().__init__(own, ranks=ranks, device=where, progress=progress, **settings)
+                team.enter(ms.FOLLOWING)
+                team.started()
         except BaseException:
             team.close()
             raise
@@ -159,9 +165,7 @@ class ParallelExecutor(ShardedExecutor):
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
         # A plain wait would never end if a rank is gone.
-        while not event.query() and self._team.failure is None:  # type: ignore[no-untyped-call]
-            time.sleep(POLL_S)
-        self._team.check()
+        self._team.wait(event.query, "a step that all take part in does not end on rank 0")
 
     def _make_adapters(self, rows: ModelSpec, dtype: torch.dtype) -> CudaAdapters:
         return _LeadingAdapters(self, rows, dtype)
@@ -250,6 +254,14 @@ class _LeadingAdapters(CudaAdapters):
 
     def _part(self, weights: AdapterWeights) -> AdapterWeights:
         return shard_adapter(weights, Shard(0, self._team.size))[0]
+
+
+def _join(store: str, size: int, device: str) -> RankGroup:
+    """Rank 0's part of a `join`, in a thread that has its own current device."""
+    where = torch.device(device)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    return join(store, 0, size, where)
 
 
 def device_of(first: str, rank: int) -> str:

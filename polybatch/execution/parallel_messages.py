@@ -18,6 +18,10 @@ from polybatch.kernels.ragged_attention.work import Work
 
 HEADER_BYTES = 8
 
+STARTING, OPENING, JOINING = "its interpreter starts", "it opens the model", "it meets the other ranks"
+BUILDING, FOLLOWING = "it starts up", "it takes part in steps"
+"""Phases of a rank, in their order."""
+
 
 class Start(msgspec.Struct, tag="start"):
     """Load this part of a model. store: file over which the ranks find each other.
@@ -100,8 +104,12 @@ class Shutdown(msgspec.Struct, tag="shutdown"):
     """Nothing more will come."""
 
 
-class Ready(msgspec.Struct, tag="ready"):
-    """The rank holds its part and will follow."""
+class Phase(msgspec.Struct, tag="phase"):
+    """What the rank does now, and how much of it is done, of how much."""
+
+    name: str
+    done: int = 0
+    total: int = 0
 
 
 class Failed(msgspec.Struct, tag="failed"):
@@ -112,7 +120,7 @@ class Failed(msgspec.Struct, tag="failed"):
 
 
 ToRank = Start | Adapter | Load | Place | Copy | Step | Shutdown
-FromRank = Ready | Failed
+FromRank = Phase | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _to_rank: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)

@@ -2,15 +2,17 @@
 
     python -m polybatch.execution.parallel_worker FD
 
-FD is the number of its end of a socket pair. It decides nothing and answers nothing but that it is ready,
-or why it ends. When rank 0 goes away the process ends.
+FD is the number of its end of a socket pair. It decides nothing and answers nothing but what it does while it
+starts, and why it ends. When rank 0 goes away the process ends.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import select
+import signal
 import socket
 import sys
 import threading
@@ -125,6 +127,11 @@ class Follower(ShardedExecutor):
 
 def load(start: ms.Start, sock: socket.socket) -> Follower:
     """Open the model, meet the other ranks, take this rank's part. Raises ConfigError or ModelError."""
+
+    def say(name: str, done: int = 0, total: int = 0) -> None:
+        sock.sendall(ms.encode(ms.Phase(name, done, total)))
+
+    say(ms.OPENING)
     device = torch.device(start.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -135,17 +142,23 @@ def load(start: ms.Start, sock: socket.socket) -> Follower:
         draw_on = "cpu" if start.draw_on == "cpu" else start.device
         weights = open_random(start.model.removeprefix("random:"), device=draw_on)[0]
     else:
-        weights = load_model(start.model, progress=lambda line: None).weights
-    sock.sendall(ms.encode(ms.Ready()))
+        weights = load_model(start.model, progress=lambda line: say(ms.OPENING)).weights
+    say(ms.JOINING)
     ranks = join(start.store, start.rank, start.size, device)
+    say(ms.BUILDING)
     own = ShardedWeights(weights, Shard(start.rank, start.size))
     try:
-        return Follower(own, ranks=ranks, device=start.device, **start.settings)
+        follower = Follower(
+            own, ranks=ranks, device=start.device, **start.settings,
+            progress=lambda what, done, total: say(f"{ms.BUILDING}, {what}", done, total),
+        )  # fmt: skip
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"device {start.device} has less free memory than rank 0's, whose pool of pages it must hold as "
             f"well ({error}): free memory on it, or lower memory"
         ) from error
+    say(ms.FOLLOWING)
+    return follower
 
 
 def serve(sock: socket.socket) -> int:
@@ -156,7 +169,6 @@ def serve(sock: socket.socket) -> int:
     logging.basicConfig(format=f"%(asctime)s %(levelname)s rank {start.rank} %(name)s: %(message)s")
     try:
         follower = load(start, sock)
-        sock.sendall(ms.encode(ms.Ready()))
         while True:
             message = ms.receive_to_rank(sock)
             if message is None or isinstance(message, ms.Shutdown):
@@ -179,6 +191,8 @@ def _end_with(sock: socket.socket) -> None:
 
 
 def main() -> None:
+    # Rank 0 asks so where all threads stand, also of a rank that is caught in a library.
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     with socket.socket(fileno=int(sys.argv[1])) as sock:
         threading.Thread(target=_end_with, args=(sock,), daemon=True).start()
         try:

@@ -30,7 +30,11 @@ MIN_H = 8192
 RESERVE_BYTES = 1 << 30
 """Of each GPU, for the library's connections to the others."""
 
-JOIN_TIMEOUT = timedelta(minutes=10)
+JOIN_TIMEOUT = timedelta(minutes=2)
+"""For GPUs to find each other."""
+
+GLOO_TIMEOUT = timedelta(minutes=10)
+"""For every exchange between processes; kernels in the interpreter come before it."""
 
 MIN_PART_COLUMNS = 2048
 """Of a part of h, where parts travel between ranks."""
@@ -126,7 +130,7 @@ def join(store: str, rank: int, size: int, device: torch.device) -> RankGroup:
     else:
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
-        options._timeout = JOIN_TIMEOUT
+        options._timeout = GLOO_TIMEOUT
         group = dist.ProcessGroupGloo(held, rank, size, options)
         ranks = RankGroup(group, rank, size, can_abort=False)
         ranks.reduce(torch.zeros(1))

@@ -2,7 +2,8 @@
 
 Each is a Python interpreter of its own at the other end of a socket pair, so there is nothing that anybody
 else could connect to. Messages are collected and sent when a step is announced. A thread per worker listens;
-when one fails, whatever waits for it on a GPU is aborted, and every later call raises its error.
+when one fails, whatever waits for it on a GPU is aborted, and every later call raises its error. So it does
+when no rank gets on: in start-up, or in a step.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -17,15 +19,25 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from typing import TypeVar
 
 from polybatch.errors import EngineError, PolybatchError
 from polybatch.execution import parallel_messages as ms
 
 logger = logging.getLogger("polybatch.execution")
 
-START_S = 1800.0
-"""To load a part of the model."""
+T = TypeVar("T")
+
+SILENCE_S = 120.0
+"""Without a sign of any rank in start-up, where layers and graphs are told one by one; for a step to end."""
+
+POLL_S = 20e-6
+"""Between looks at a step that other ranks take part in."""
+
+TRACE_S = 0.5
+"""For ranks to write where their threads stand."""
 
 STOP_S = 10.0
 """To end when asked."""
@@ -35,11 +47,12 @@ GRACE_S = 2.0
 
 
 class _Worker:
-    """One process. num_ready: how often it said so."""
+    """One process. phase: what it said last; reached: all that it said."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
-        self.num_ready = 0
+        self.phase = ms.STARTING
+        self.reached = {ms.STARTING}
         self.outbox = bytearray()
         self.sock, theirs = socket.socketpair(socket.AF_UNIX)
         with theirs:
@@ -61,9 +74,11 @@ class Team:
         self._changed = threading.Condition()
         self._failure: PolybatchError | None = None
         self._is_closing = False
+        self._phase, self._heard, self._is_started = ms.STARTING, time.monotonic(), False
         self._workers = [_Worker(rank) for rank in range(1, size)]
         for worker in self._workers:
             threading.Thread(target=self._listen, args=(worker,), daemon=True).start()
+        threading.Thread(target=self._watch_start, daemon=True).start()
 
     @property
     def failure(self) -> PolybatchError | None:
@@ -93,10 +108,56 @@ class Team:
                 self.check()
             worker.outbox.clear()
 
-    def await_ready(self, times: int) -> None:
-        """Until every rank has said Ready so often. Raises what keeps one from it."""
-        self._await(lambda: all(worker.num_ready >= times for worker in self._workers), START_S)
+    def enter(self, phase: str, done: int = 0, total: int = 0) -> None:
+        """Say what rank 0 does in start-up, which then has time again."""
+        self._note(0, ms.Phase(phase, done, total))
+
+    def await_phase(self, phase: str) -> None:
+        """Until every other rank has reached a phase. Raises what keeps one from it."""
+        self._await(lambda: all(phase in worker.reached for worker in self._workers))
         self.check()
+
+    def run(self, work: Callable[[], T]) -> T:
+        """What may never return, in a thread of its own. Raises its error, or the failure of a rank."""
+        future: Future[T] = Future()
+
+        def target() -> None:
+            try:
+                future.set_result(work())
+            except BaseException as error:  # noqa: BLE001 the caller raises whatever it is
+                future.set_exception(error)
+            with self._changed:
+                self._changed.notify_all()
+
+        threading.Thread(target=target, daemon=True).start()
+        self._await(future.done)
+        if not future.done():
+            self.check()
+        return future.result()
+
+    def started(self) -> None:
+        """All ranks take part in steps from now on."""
+        self.await_phase(ms.FOLLOWING)
+        with self._changed:
+            self._is_started = True
+            self._changed.notify_all()
+
+    def wait(self, is_done: Callable[[], bool], what: str) -> None:
+        """Look again and again whether a step has ended. what: the error if it does not."""
+        deadline = time.monotonic() + SILENCE_S
+        while not is_done() and self._failure is None:
+            time.sleep(POLL_S)
+            if time.monotonic() > deadline:
+                self.give_up(what)
+        self.check()
+
+    def give_up(self, where: str) -> None:
+        """Fail because ranks got no further, with where their threads stand on stderr."""
+        for worker in self._workers:
+            if worker.process.poll() is None and ms.OPENING in worker.reached:
+                worker.process.send_signal(signal.SIGUSR1)
+        time.sleep(TRACE_S)
+        self._fail(EngineError(f"no rank got on for {SILENCE_S:g} s: {where}; see the log for their stacks"))
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
@@ -126,6 +187,7 @@ class Team:
             if self._is_closing:
                 return
             self._is_closing = True
+            self._changed.notify_all()
         for worker in self._workers:
             # One that is gone needs no telling.
             with contextlib.suppress(OSError):
@@ -150,9 +212,7 @@ class Team:
                 if isinstance(message, ms.Failed):
                     error = ms.error_of(message, worker.rank)
                     break
-                with self._changed:
-                    worker.num_ready += 1
-                    self._changed.notify_all()
+                self._note(worker.rank, message)
         except (OSError, EngineError) as broken:
             logger.debug("rank %d's socket: %s", worker.rank, broken)
         if self._is_closing:
@@ -164,6 +224,33 @@ class Team:
             error = EngineError(f"rank {worker.rank} ended with status {status}: see its log for the cause")
         self._fail(error)
 
+    def _note(self, rank: int, phase: ms.Phase) -> None:
+        part = f" {phase.done} of {phase.total}" if phase.total else ""
+        with self._changed:
+            self._heard = time.monotonic()
+            if rank:
+                worker = self._workers[rank - 1]
+                worker.phase = phase.name + part
+                worker.reached.add(phase.name)
+            else:
+                self._phase = phase.name + part
+            self._changed.notify_all()
+        logger.debug("rank %d: %s%s", rank, phase.name, part)
+
+    def _watch_start(self) -> None:
+        """Thread: end a start-up in which no rank gets on."""
+
+        def is_over() -> bool:
+            return self._failure is not None or self._is_started or self._is_closing
+
+        with self._changed:
+            while not is_over() and (left := self._heard + SILENCE_S - time.monotonic()) > 0:
+                self._changed.wait(left)
+            if is_over():
+                return
+            phases = [(0, self._phase), *((worker.rank, worker.phase) for worker in self._workers)]
+        self.give_up("start-up ends while " + ", ".join(f"of rank {rank} {phase}" for rank, phase in phases))
+
     def _fail(self, error: PolybatchError) -> None:
         with self._changed:
             if self._failure is not None or self._is_closing:
@@ -173,7 +260,7 @@ class Team:
         logger.error("%s", error)
         self.on_failure()
 
-    def _await(self, is_done: Callable[[], bool], timeout_s: float) -> None:
+    def _await(self, is_done: Callable[[], bool], timeout_s: float | None = None) -> None:
         """Until something is so, or a rank fails, or the time is over."""
         with self._changed:
             self._changed.wait_for(lambda: self._failure is not None or is_done(), timeout_s)

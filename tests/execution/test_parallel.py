@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import threading
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -18,9 +20,12 @@ from polybatch.config import SchedulerConfig
 from polybatch.engine.core import EngineCore
 from polybatch.engine.llm import LLM
 from polybatch.errors import ConfigError, EngineError, ModelError
+from polybatch.execution import team
 from polybatch.execution.cuda import CudaExecutor
 from polybatch.execution.parallel import ParallelExecutor
 from polybatch.execution.sharding import Shard, ShardedWeights, shard_adapter, shard_spec
+from polybatch.execution.team import Team
+from polybatch.kernels.lora.work import WIDE_TOKENS
 from polybatch.request import SamplingParams
 from polybatch.scheduling.plan import LogitRows, PageCopy
 from polybatch.scheduling.scheduler import Scheduler
@@ -39,12 +44,13 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 class Pair:
     """The same tiny model on one rank and on two."""
 
-    def __init__(self, folder, name, **overrides):
+    def __init__(self, folder, name, limits=MappingProxyType({}), **overrides):
+        limits = LIMITS | limits
         model = tiny_model(name, **overrides)
         model.save_pretrained(folder)
         self.weights = HFWeights(model)
-        self.one = CudaExecutor(self.weights, **LIMITS)
-        self.two = ParallelExecutor(self.weights, model=str(folder), size=2, **LIMITS)
+        self.one = CudaExecutor(self.weights, **limits)
+        self.two = ParallelExecutor(self.weights, model=str(folder), size=2, **limits)
 
     def close(self):
         self.one.close()
@@ -89,6 +95,23 @@ def check_same(pair, *args):
 
 def test_two_ranks_give_one_ranks_logits_in_mixed_steps(llama):
     check_same(llama, adapters(llama.weights.spec), [6, 3, 5, 4, 3], [[5, 2, 3, 0, 2]])
+
+
+def test_a_prompt_on_the_matrix_unit_with_an_adapter_gives_one_ranks_logits(llama):
+    check_same(llama, adapters(llama.weights.spec)[3:4], [WIDE_TOKENS], [])
+
+
+@pytest.mark.slow
+def test_prompts_of_16_bits_on_the_matrix_unit_give_one_ranks_logits(tmp_path):
+    """float16, because the interpreter cannot multiply matrices of bfloat16."""
+    limits = {"dtype": "float16", "max_num_tokens": 160, "max_num_logits": 160}
+    pair = Pair(tmp_path, "llama", limits, num_hidden_layers=1)
+    args = adapters(pair.weights.spec)[1:3], [WIDE_TOKENS, WIDE_TOKENS], []
+    try:
+        for expected, got in zip(logits_of(pair.one, *args), logits_of(pair.two, *args), strict=True):
+            assert (got - expected).norm() < 4e-3 * expected.norm()
+    finally:
+        pair.close()
 
 
 def test_a_rank_holds_its_part_of_pages_and_adapters(llama):
@@ -210,6 +233,39 @@ def test_closing_ends_every_process(tmp_path):
     pair.close()
     assert [worker.process.returncode for worker in pair.two._team._workers] == [0]
     assert not os.path.exists(folder)
+
+
+def test_a_start_in_which_no_rank_gets_on_ends_and_says_where_each_stands(monkeypatch):
+    """Rank 1 is never told what to load, and rank 0 waits for it in what cannot be interrupted."""
+    monkeypatch.setattr(team, "SILENCE_S", 0.5)
+    ranks, never = Team(2), threading.Event()
+    aborted = []
+    ranks.on_failure = lambda: aborted.append(True)
+    try:
+        ranks.enter("it meets the other ranks")
+        with pytest.raises(EngineError, match=r"rank 0 it meets the other ranks, of rank 1 its interpreter"):
+            ranks.run(never.wait)
+        with pytest.raises(EngineError, match="rank 1"):
+            ranks.await_phase("it takes part in steps")
+        assert aborted == [True]
+    finally:
+        never.set()
+        ranks.close()
+
+
+def test_a_step_that_does_not_end_fails(monkeypatch):
+    ranks = Team(2)
+    ranks._is_started = True
+    try:
+        assert ranks.run(lambda: 7) == 7
+        with pytest.raises(ZeroDivisionError):
+            ranks.run(lambda: 1 // 0)
+        ranks.wait(iter([False, True]).__next__, "nothing")
+        monkeypatch.setattr(team, "SILENCE_S", 0.05)
+        with pytest.raises(EngineError, match=r"0\.05 s: this step"):
+            ranks.wait(lambda: False, "this step")
+    finally:
+        ranks.close()
 
 
 def test_a_rank_that_cannot_load_says_why(tmp_path):
