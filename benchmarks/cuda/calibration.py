@@ -55,6 +55,7 @@ def steps(calibration: Calibration, measured: tuple[Measured, ...]) -> list[dict
             "measured_s": step.sample.seconds,
             "predicted_s": calibration.model.predict(step.shape),
             "times_s": step.seconds,
+            "all_times_s": step.all_seconds,
         }
         for step in measured
     ]
