@@ -59,7 +59,7 @@ DEEP_BOUND = 6e-2
 SILENCE_S = 60.0
 """Without a sign of any rank, after which the run ends."""
 
-TRACE_S = 100.0
+TRACE_S = 70.0
 """After which this process says where it stands, again and again."""
 
 BEGAN = time.perf_counter()
@@ -310,6 +310,10 @@ def main() -> int:
     team.SILENCE_S = SILENCE_S if is_cuda else 10 * SILENCE_S
     logging.basicConfig(handlers=[_Say()])
     logging.getLogger("polybatch.execution").setLevel(logging.DEBUG)
+    if is_cuda:
+        name, peers = torch.cuda.get_device_name(0), torch.cuda.can_device_access_peer(0, 1)
+        say(f"{torch.cuda.device_count()} x {name}, {os.cpu_count()} cores, peer access: {peers}, torch "
+            f"{torch.__version__}, NCCL {torch.cuda.nccl.version()}")  # fmt: skip
     # The other ranks import the package from here too, where it is not installed.
     root = str(Path(__file__).parents[2])
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
