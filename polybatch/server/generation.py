@@ -19,7 +19,7 @@ from polybatch.engine.deltas import OutputCollector
 from polybatch.engine.messages import RequestDelta
 from polybatch.errors import PolybatchError, RequestError
 from polybatch.jobs.tools.answer import template_variables, with_tools
-from polybatch.request import Request, RequestOutput
+from polybatch.request import Deadlines, Request, RequestOutput
 from polybatch.server.admission import Ticket
 from polybatch.server.auth import Caller
 from polybatch.server.call import ServerCall
@@ -63,21 +63,36 @@ class Generation:
     def num_prompt_tokens(self) -> int:
         return sum(len(request.prompt_token_ids) for request in self.requests)
 
+    def enter(self) -> None:
+        """Enter the queue, within the tenant's limits. Raises HttpError 429 or RequestError."""
+        state, tenant = self._state, self.requests[0].tenant
+        limits = state.tenants.limits(tenant)
+        num_seqs = sum(request.params.n for request in self.requests)
+        self._ticket = state.admission.enter(num_seqs, self.num_prompt_tokens, tenant, limits)
+        try:
+            state.rates.enter(tenant, self.num_prompt_tokens, limits.tokens_per_minute)
+        except HttpError:
+            state.admission.leave(self._ticket)
+            raise
+
+    def promoted(self) -> Generation:
+        """A row of a batch as live requests. Deadlines that these have by default are not theirs."""
+        requests = [
+            replace(
+                request, request_id=f"{request.request_id}-live", priority=0,
+                deadlines=request.deadlines or Deadlines(),
+            )
+            for request in self.requests
+        ]  # fmt: skip
+        return Generation(self._state, self.call, requests, self.texts)
+
     def submit(self, *, is_queued: bool = True) -> None:
         """Enter the queue and the engine. Raises HttpError 429 or EngineDownError.
 
         is_queued: False for rows of batches, which have slots of their own.
         """
         if is_queued:
-            state, tenant = self._state, self.requests[0].tenant
-            limits = state.tenants.limits(tenant)
-            num_seqs = sum(request.params.n for request in self.requests)
-            self._ticket = state.admission.enter(num_seqs, self.num_prompt_tokens, tenant, limits)
-            try:
-                state.rates.enter(tenant, self.num_prompt_tokens, limits.tokens_per_minute)
-            except HttpError:
-                state.admission.leave(self._ticket)
-                raise
+            self.enter()
         # Log-probabilities are many times the size of tokens, and go in pieces.
         is_streamed = self.call.is_streamed or self.call.call.params.logprobs is not None
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from batch_helpers import begin, row, until
@@ -75,7 +76,9 @@ def test_there_is_one_promoted_row_per_four_live_requests_that_run_or_wait() -> 
     async def work() -> None:
         capacity, late = busy_capacity(), batch(elapsed=0.95)
         assert await num_granted(capacity, late, 8) == capacity.num_promoted == 2
-        capacity.demote(1)
+        capacity.demote(1, late)
+        assert await num_granted(capacity, late, 8) == 0
+        BatchSlots(capacity, late).release()
         assert await num_granted(capacity, late, 8) == 1
 
     asyncio.run(work())
@@ -85,7 +88,7 @@ def test_a_row_of_many_completions_is_promoted_alone() -> None:
     capacity, late = busy_capacity(), batch(elapsed=0.95)
     assert capacity.promote(100, late)
     assert not capacity.promote(1, late)
-    capacity.demote(100)
+    capacity.demote(100, late)
     assert capacity.promote(1, late)
     assert not capacity.promote(100, late)
 
@@ -101,6 +104,19 @@ def test_a_batch_that_is_behind_passes_one_with_a_nearer_deadline_that_is_not() 
         assert (first.done(), second.done()) == (False, True)
         first.cancel()
         await asyncio.wait((first,))
+
+    asyncio.run(work())
+
+
+def test_a_batch_learns_without_a_slot_that_it_has_no_further_row() -> None:
+    async def work() -> None:
+        done = BatchSlots(busy_capacity(), batch(elapsed=0.1, done=100))
+        await asyncio.wait_for(done.acquire(), 30)
+        waiting = asyncio.create_task(BatchSlots(busy_capacity(), batch(elapsed=0.1, done=99)).acquire())
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        waiting.cancel()
+        await asyncio.wait((waiting,))
 
     asyncio.run(work())
 
@@ -159,3 +175,27 @@ def test_rows_that_are_in_the_engine_already_are_promoted_too(server: RunningSer
     for ticket in tickets:
         server.state.admission.leave(ticket)
     server.until_idle()
+
+
+def test_promoted_rows_are_within_the_limits_of_their_tenant(tmp_path: Path) -> None:
+    (tmp_path / "tenants.yaml").write_text("default: {max_reqs: 1}")
+    config = {"data_dir": tmp_path / "data", "tenants_file": tmp_path / "tenants.yaml"}
+    with RunningServer("stub:step_s=0.005", config=config, max_num_seqs=4) as server:
+        admission, tenants = server.state.admission, server.state.tenants
+        others = [admission.enter(count, 1, "other") for count in (4, 1)]
+        own = admission.enter(1, 1, "", tenants.limits(""))
+        made = begin(server.openai, [row(f"r{i}", max_tokens=900) for i in range(2)])
+        until(server.openai, made.id, "in_progress")
+        grow_old(server, made.id)
+        service = server.state.batches
+        assert service is not None
+        end = time.monotonic() + 30
+        while not service.capacity.num_in_flight:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert (service.capacity.num_in_flight, service.capacity.num_promoted) == (1, 0)
+        admission.leave(own)
+        assert until(server.openai, made.id).status == "completed"
+        for ticket in others:
+            admission.leave(ticket)
+        assert admission.num_running_seqs == admission.num_queued_seqs == 0

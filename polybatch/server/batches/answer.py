@@ -18,7 +18,7 @@ from polybatch.errors import EngineError, PolybatchError, RequestError
 from polybatch.jobs.lines import Line, parse_envelope
 from polybatch.jobs.responses import error_body
 from polybatch.jobs.rows import Answer, failure
-from polybatch.request import Deadlines, RequestOutput
+from polybatch.request import RequestOutput
 from polybatch.scheduling.policies import BATCH_PRIORITY
 from polybatch.server.auth import Caller
 from polybatch.server.batches.objects import Batch
@@ -69,19 +69,11 @@ class RowAnswerer:
         await self._state.llm.wait_ready()
         call = self._parse(line)
         count = call.call.num_sequences
-        is_promoted = self._capacity.promote(count, self._batch)
         self._capacity.add(count - 1)
         try:
-            found = await self._generate(call, count, is_promoted)
-            if found is None:
-                is_promoted = True
-                found = await self._generate(call, count, is_promoted)
-                assert found is not None
-            generation, outputs = found
+            generation, outputs = await self._generate(await prepare(self._state, call, self._caller), count)
         finally:
             self._capacity.release(count - 1)
-            if is_promoted:
-                self._capacity.demote(count)
         identity = {
             "response_id": f"{self._batch.id}-{line.number}",
             "created": int(time.time()),
@@ -89,27 +81,40 @@ class RowAnswerer:
         }
         return Answer(200, whole_answer(self._state, generation, outputs, identity), call.call.model)
 
-    async def _generate(
-        self, call: ServerCall, count: int, is_promoted: bool
-    ) -> tuple[Generation, list[RequestOutput]] | None:
-        """Run a row; None, with nothing of it left in the engine, if it was promoted meanwhile."""
-        if is_promoted:
-            # Deadlines that live requests have by default are not its own.
-            call = replace(call, priority=0, deadlines=call.deadlines or Deadlines())
-        else:
-            call = replace(call, priority=BATCH_PRIORITY)
-        generation = await prepare(self._state, call, self._caller)
-        generation.submit(is_queued=False)
-        collecting = asyncio.create_task(generation.collect())
+    async def _generate(self, generation: Generation, count: int) -> tuple[Generation, list[RequestOutput]]:
+        """Run a row in the lowest class, until it is promoted; returns what ended."""
+        promoted = self._promoted(generation, count)
+        if promoted is None:
+            generation.submit(is_queued=False)
+            collecting = asyncio.create_task(generation.collect())
+            try:
+                while promoted is None and not collecting.done():
+                    await asyncio.wait((collecting,), timeout=LOOK_S)
+                    promoted = None if collecting.done() else self._promoted(generation, count)
+                if promoted is None:
+                    return generation, collecting.result()
+            finally:
+                collecting.cancel()
+                generation.close()
         try:
-            while not collecting.done():
-                await asyncio.wait((collecting,), timeout=None if is_promoted else LOOK_S)
-                if not (is_promoted or collecting.done()) and self._capacity.promote(count, self._batch):
-                    return None
-            return generation, collecting.result()
+            promoted.submit(is_queued=False)
+            return promoted, await promoted.collect()
         finally:
-            collecting.cancel()
-            generation.close()
+            promoted.close()
+            self._capacity.demote(count, self._batch)
+
+    def _promoted(self, generation: Generation, count: int) -> Generation | None:
+        """A row among the live requests of its tenant; None unless its batch is behind and there is room."""
+        if not self._capacity.promote(count, self._batch):
+            return None
+        promoted = generation.promoted()
+        try:
+            promoted.enter()
+        except (HttpError, RequestError):
+            # The tenant, or the server, has as much as it may: it goes on in the lowest class.
+            self._capacity.demote(count, self._batch)
+            return None
+        return promoted
 
     def _parse(self, line: Line) -> ServerCall:
         """Check a line. Raises RequestError or HttpError."""
@@ -129,7 +134,7 @@ class RowAnswerer:
             raise RequestError(
                 "stream is true; rows of a batch are answered whole: remove it", field="stream"
             )
-        return call
+        return replace(call, priority=BATCH_PRIORITY)
 
     def _seeded(self, line: Line, body: dict[str, Any]) -> dict[str, Any]:
         """A row without a seed gets one from the batch and its line, so that a restart changes no answer."""

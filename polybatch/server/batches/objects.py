@@ -110,7 +110,15 @@ class Batch(msgspec.Struct, kw_only=True):
         window_s = max(1, self.expires_s - self.created_s)
         elapsed = (now_s - self.created_s) / window_s
         due = min(1.0, (elapsed - PACED_FROM) / (PACED_TO - PACED_FROM))
-        return self.counts.completed + self.counts.failed < due * self.counts.total
+        return self.num_done < due * self.counts.total
+
+    def is_answered(self) -> bool:
+        """Whether every row has its answer."""
+        return 0 < self.counts.total <= self.num_done
+
+    @property
+    def num_done(self) -> int:
+        return self.counts.completed + self.counts.failed
 
     def body(self) -> dict[str, Any]:
         return {

@@ -14,7 +14,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 from bisect import insort
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from time import time
 
@@ -39,6 +40,8 @@ class Capacity:
 
     def __init__(self, admission: Admission, max_seqs: int) -> None:
         self._admission, self._max_seqs = admission, max_seqs
+        self._num_plain: Counter[str] = Counter()
+        """By batch: rows that have a slot and are not promoted."""
         self._waiting: list[tuple[float, int, asyncio.Future[None], Batch]] = []
         self._order = itertools.count()
         self._alone = asyncio.Lock()
@@ -66,14 +69,17 @@ class Capacity:
         if not batch.is_behind(time()) or not self._may_promote(count):
             return False
         self.num_promoted += count
+        self._num_plain[batch.id] -= 1
         return True
 
-    def demote(self, count: int) -> None:
+    def demote(self, count: int, batch: Batch) -> None:
         self.num_promoted -= count
-        self._grant()
+        self._num_plain[batch.id] += 1
 
     def _may_promote(self, count: int) -> bool:
-        num_live = self._admission.num_running_seqs + self._admission.num_queued_seqs
+        # Promoted ones are among those that run or wait.
+        busy = self._admission
+        num_live = busy.num_running_seqs + busy.num_queued_seqs - self.num_promoted
         return not self.num_promoted or self.num_promoted + count <= num_live // PROMOTED_SHARE
 
     async def acquire(self, batch: Batch) -> None:
@@ -88,10 +94,17 @@ class Capacity:
             await future
         except asyncio.CancelledError:
             if not future.cancelled():
-                self.release()
+                self.give_back(batch)
             elif entry in self._waiting:
                 self._waiting.remove(entry)
             raise
+
+    def give_back(self, batch: Batch) -> None:
+        """A row is over, or was never begun."""
+        self._num_plain[batch.id] -= 1
+        if not self._num_plain[batch.id]:
+            del self._num_plain[batch.id]
+        self.release()
 
     def release(self, count: int = 1) -> None:
         self.num_in_flight -= count
@@ -115,19 +128,27 @@ class Capacity:
     def _grant(self) -> None:
         while self._waiting and self.num_in_flight < self.limit:
             self._pop(0)
+        # Who asks for a slot only to find that there is no further row shall not wait for one.
+        while (done := self._first(Batch.is_answered)) is not None:
+            self._pop(done)
         if self._waiting and not self._num_suspects and self._may_promote(1):
-            now_s = time()
-            behind = (i for i, entry in enumerate(self._waiting) if entry[3].is_behind(now_s))
-            first = next(behind, None)
-            if first is not None:
-                # One at a time: it is counted as promoted once it is there.
-                self._pop(first)
+            behind = self._first(self._is_next)
+            if behind is not None:
+                self._pop(behind)
+
+    def _is_next(self, batch: Batch) -> bool:
+        """Whether a further row of a batch is wanted beside those that are promoted already."""
+        return not self._num_plain[batch.id] and batch.is_behind(time())
+
+    def _first(self, condition: Callable[[Batch], bool]) -> int | None:
+        return next((i for i, (*_, batch) in enumerate(self._waiting) if condition(batch)), None)
 
     def _pop(self, index: int) -> None:
-        future = self._waiting.pop(index)[2]
+        _, _, future, batch = self._waiting.pop(index)
         # A cancelled one takes itself off the list, a moment later.
         if not future.cancelled():
             self.num_in_flight += 1
+            self._num_plain[batch.id] += 1
             future.set_result(None)
 
     async def _tick(self) -> None:
@@ -148,4 +169,4 @@ class BatchSlots:
         await self._capacity.acquire(self._batch)
 
     def release(self) -> None:
-        self._capacity.release()
+        self._capacity.give_back(self._batch)
