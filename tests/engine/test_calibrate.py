@@ -229,3 +229,11 @@ def test_predictions_are_noted_once_there_is_something_to_go_by() -> None:
     assert all(step.predicted_s is None for step in steps[:16])
     assert all(step.predicted_s is not None for step in steps[17:])
     assert len(core.step_log.prediction_errors()) == sum(step.predicted_s is not None for step in steps)
+
+
+def test_beside_a_busy_neighbour_a_few_quiet_visits_are_what_counts() -> None:
+    """However many visits were slowed down, those that agree are the fastest."""
+    quiet = [0.0100, 0.0101, 0.0102]
+    visits = [calibration._Timed(0.0, seconds) for seconds in (0.019, quiet[2], 0.021, *quiet[:2], 0.018)]
+    assert calibration._fastest(visits) == (tuple(quiet), 0.0)
+    assert calibration._fastest(visits[:1]) == ((0.019,), 0.0)
