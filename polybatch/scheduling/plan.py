@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from polybatch.request import AdapterRef, Sequence
 
@@ -25,8 +26,7 @@ class LogitRows(enum.Enum):
     ALL = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """`n_new` tokens of a sequence from position `start`; their KV slots are already in its pages."""
 
     seq: Sequence

@@ -178,6 +178,14 @@ class Scheduler:
                 continue
             start, tokens = chunk.start, seq.tokens
             end = start + chunk.n_new
+            if len(new) == 1 and end - start == 1 and end == len(tokens) and start >= seq.num_prompt:
+                # A decode like most: what follows, in short.
+                seq.num_computed = end
+                token = new[0]
+                if end + 1 < track.max_len and token not in track.stop_ids:
+                    tokens.append(token)
+                    self._num_output_tokens += 1
+                    continue
             is_last = end >= len(tokens)
             if not is_last and new:
                 raise EngineError(f"{seq!r} was given tokens for a chunk that ends at {end}")
