@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -61,8 +61,6 @@ TILES: dict[int, tuple[tuple[int, int, int, bool], ...]] = {
 }
 PROGRAMS = (0, 132, 264, 396, 528, 1056)
 """Wanted in all; the inputs are split to come near. 0: not split."""
-PREFETCH_MIB = (0, 4, 8)
-"""Tried with the best configuration, besides the usual one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +97,6 @@ def candidates(tokens: int, layout: Int4Layout) -> list[Int4Config]:
     """The grid for a number of tokens, without repetitions."""
     tile = next((size for size in TILES if size >= tokens), 128)
     sizes = {8: (8, 16), 128: (64, 128)}.get(tile, (tile,))
-    prefetch = 8 if tokens <= 32 else 0
     found: dict[Int4Config, None] = {}
     for block_m in sizes:
         for block_out, warps, stages, is_scaled in TILES[block_m]:
@@ -108,10 +105,7 @@ def candidates(tokens: int, layout: Int4Layout) -> list[Int4Config]:
             programs = layout.rows // block_out * -(-tokens // block_m)
             for wanted in PROGRAMS if tokens <= 128 else (0,):
                 split = max(1, min(round(wanted / programs), layout.k_tiles // 2, 8))
-                config = Int4Config(
-                    block_m, block_out, split, warps, stages, is_scaled, tokens <= 64, prefetch
-                )
-                found[config] = None
+                found[Int4Config(block_m, block_out, split, warps, stages, is_scaled)] = None
     return list(found)
 
 
@@ -185,37 +179,10 @@ def check_int4(comparison: Comparison, case: Case) -> None:
 
 
 def configs_to_check(tokens: int, layout: Int4Layout, case: Case) -> list[Int4Config]:
-    """Besides what `forward` takes: the grid, and its first configuration launched in the ordinary way."""
+    """Besides what `forward` takes: the grid."""
     if tokens > FUSED_TOKENS:
         return [int4_config(tokens, layout.rows, layout.k_tiles)]
-    if tokens not in case.all_configs:
-        return []
-    configs = candidates(tokens, layout)
-    return [*configs, replace(configs[0], is_dependent=False)]
-
-
-def check_chain(comparison: Comparison) -> None:
-    """Layers that feed each other: started early, their results are the bits of ordinary launches."""
-    workspace = LinearWorkspace("cuda", torch.bfloat16, 4096)
-    layers = [Int4Linear(random_layout(4096, 4096), workspace) for _ in range(12)]
-    for tokens in (1, 32, 64, 128):
-        config = int4_config(tokens, 4096, 16)
-        layers[0].reserve([(tokens, config)])
-        x = torch.randn(tokens, 4096, device="cuda").bfloat16()
-        ordinary = run_chain(layers, x, replace(config, is_dependent=False))
-        for _ in range(10):
-            comparison.compared += 1
-            if not torch.equal(run_chain(layers, x, config), ordinary):
-                comparison.wrong.append(f"chain of M {tokens}: an early start changes the result")
-
-
-def run_chain(layers: list[Int4Linear], x: torch.Tensor, config: Int4Config) -> torch.Tensor:
-    buffers = [torch.full_like(x, float("nan")) for _ in layers]
-    for layer, buffer in zip(layers, buffers, strict=True):
-        layer.forward_fused(x, buffer, config)
-        x = buffer
-    assert not x.isnan().any()
-    return x
+    return candidates(tokens, layout) if tokens in case.all_configs else []
 
 
 def compile_all() -> None:
@@ -285,7 +252,7 @@ class Shape:
         return x, torch.empty(tokens, out, device="cuda", dtype=torch.bfloat16)
 
     def measure(self, tokens: int, repeats: int) -> list[Timing]:
-        """Every kind and configuration, and the best one with other amounts of prefetching."""
+        """Every kind and configuration."""
         layout = self.int4[0].layout
         configs = candidates(tokens, layout)
         kinds: dict[tuple[str, Int4Config | None], list[Run]] = {}
@@ -296,23 +263,6 @@ class Shape:
         kinds["chosen", None] = [partial(linear.forward, x) for linear in self.int4[few]]
         for config in configs:
             kinds["int4", config] = [fused(linear, x, config) for linear in self.int4[few]]
-        timings = self._time(kinds, tokens, y, repeats)
-        best = min((t for t in timings if t.kind == "int4"), key=lambda t: t.us).config
-        assert best is not None
-        variants = [replace(best, is_dependent=False)]
-        variants += [replace(best, is_dependent=True, prefetch_mib=mib) for mib in PREFETCH_MIB]
-        again: dict[tuple[str, Int4Config | None], list[Run]] = {
-            ("variant", v): [fused(linear, x, v) for linear in self.int4[few]] for v in variants
-        }
-        return timings + self._time(again if tokens <= 128 else {}, tokens, y, repeats)
-
-    def _time(
-        self,
-        kinds: dict[tuple[str, Int4Config | None], list[Run]],
-        tokens: int,
-        y: torch.Tensor,
-        repeats: int,
-    ) -> list[Timing]:
         times = time_in_turns([[partial(run, y) for run in runs] for runs in kinds.values()], repeats)
         return [
             Timing(self.name, tokens, kind, us / len(runs), config)
@@ -322,9 +272,7 @@ class Shape:
 
 def measure_layers(shapes: list[Shape], tokens: int, timings: list[Timing], repeats: int) -> list[Timing]:
     """The linears of whole layers in turn; "best": with the configurations that were fastest alone."""
-    calls: dict[str, list[Callable[[], object]]] = {
-        k: [] for k in ("cublas", "fp8", "chosen", "best", "plain")
-    }
+    calls: dict[str, list[Callable[[], object]]] = {k: [] for k in ("cublas", "fp8", "chosen", "best")}
     buffers = [shape.inputs(tokens) for shape in shapes]
     for layer in range(LAYERS_TIMED):
         for shape, (x, y) in zip(shapes, buffers, strict=True):
@@ -336,9 +284,6 @@ def measure_layers(shapes: list[Shape], tokens: int, timings: list[Timing], repe
             calls["fp8"].append(partial(shape.fp8[layer].forward, x, y))
             calls["chosen"].append(partial(shape.int4[layer].forward, x, y))
             calls["best"].append(partial(fused(shape.int4[layer], x, best), y))
-            # Without early starts, to see what they bring.
-            ordinary = replace(best, is_dependent=False)
-            calls["plain"].append(partial(fused(shape.int4[layer], x, ordinary), y))
     times = time_in_turns(list(calls.values()), repeats)
     return [Timing("layers", tokens, k, us / LAYERS_TIMED) for k, us in zip(calls, times, strict=True)]
 
@@ -357,15 +302,13 @@ def describe(timing: Timing) -> str:
 
 def as_source(config: Int4Config) -> str:
     tail = ", is_scaled=True" if config.is_scaled else ""
-    tail += "" if config.is_dependent else ", is_dependent=False"
-    tail += f", prefetch_mib={config.prefetch_mib}" if config.prefetch_mib else ""
     numbers = (config.block_m, config.block_out, config.split, config.num_warps, config.num_stages)
     return f"Int4Config({', '.join(map(str, numbers))}{tail})"
 
 
 def show_shapes(timings: list[Timing], tokens_list: tuple[int, ...]) -> None:
-    """A line per shape and number of tokens, microseconds; then the best in variants: launch, prefetch."""
-    print("\nshapes       M    cublas      fp8   chosen     best  ratio % bw  four best || launch or MiB")
+    """A line per shape and number of tokens, microseconds."""
+    print("\nshapes       M    cublas      fp8   chosen     best  ratio % bw  four best")
     for tokens in tokens_list:
         for shape in SHAPES:
             here = [t for t in timings if (t.shape, t.tokens) == (shape, tokens)]
@@ -374,15 +317,8 @@ def show_shapes(timings: list[Timing], tokens_list: tuple[int, ...]) -> None:
             configs = " | ".join(
                 map(describe, sorted((t for t in here if t.kind == "int4"), key=lambda t: t.us)[:4])
             )
-            variants = " ".join(
-                f"{t.config.prefetch_mib if t.config.is_dependent else 'ordinary'}:{t.us:.1f}"
-                for t in here
-                if t.kind == "variant" and t.config
-            )
             columns = " ".join(f"{u:8.1f}" for u in us)
-            print(
-                f"{shape:8} {tokens:5}  {columns} {us[0] / us[3]:6.2f} {share:4.0f}  {configs} || {variants}"
-            )
+            print(f"{shape:8} {tokens:5}  {columns} {us[0] / us[3]:6.2f} {share:4.0f}  {configs}")
     print("\nfastest alone, as cuda_config writes them")
     for tokens in (t for t in tokens_list if t <= FUSED_TOKENS):
         for shape in SHAPES:
@@ -395,8 +331,8 @@ def show_shapes(timings: list[Timing], tokens_list: tuple[int, ...]) -> None:
 def show_layers(timings: list[Timing], tokens_list: tuple[int, ...]) -> None:
     """Whole models in milliseconds."""
     floor = sum(num_bytes(shape, 1) for shape in SHAPES) / (READ_GBS * 1e3) * LAYERS / 1000
-    print(f"\nlayers: linears of {LAYERS}, ms; weights alone {floor:.2f}; plain: best in ordinary launches")
-    print("             M   cublas      fp8   chosen     best    plain  cublas/chosen cublas/best  bar")
+    print(f"\nlayers: linears of {LAYERS}, ms; weights alone {floor:.2f}")
+    print("             M   cublas      fp8   chosen     best  cublas/chosen cublas/best  bar")
     for tokens in tokens_list:
         us = {t.kind: t.us for t in timings if (t.shape, t.tokens) == ("layers", tokens)}
         columns = " ".join(f"{LAYERS * value / 1000:8.3f}" for value in us.values())
@@ -420,7 +356,6 @@ def main() -> None:
     comparison = Comparison()
     for case in CASES:
         check_int4(comparison, case)
-    check_chain(comparison)
     check_fp8(comparison)
     seconds = time.perf_counter() - start
     print(f"{comparison.compared} products held to float64 in {seconds:.0f} s, {len(comparison.wrong)} wrong")

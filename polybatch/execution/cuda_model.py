@@ -15,7 +15,7 @@ import torch
 
 from polybatch.config import ModelSpec
 from polybatch.execution.cuda_stored import stored_product
-from polybatch.kernels.linear.cuda import PackedLinear, link_products
+from polybatch.kernels.linear.cuda import PackedLinear
 from polybatch.kernels.norm.cuda import rms_norm
 from polybatch.models.quantized_weights import QuantizedTensor
 from polybatch.models.weights import LayerWeights, ModelWeights
@@ -86,10 +86,6 @@ class DeviceWeights:
             self.layers.append(_hold(weights.layer(index), place, pack, stored))
             if progress is not None:
                 progress(index + 1, spec.num_layers)
-        # Not qkv and o: the keys and values that attention reads between them fill the cache.
-        for index, layer in enumerate(self.layers):
-            after = [later.products["qkv"] for later in self.layers[index + 1 : index + 2]]
-            link_products([*(layer.products[name] for name in ("o", "gate_up", "down")), *after])
 
     @property
     def num_bytes(self) -> int:

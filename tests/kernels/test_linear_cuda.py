@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from triton.runtime import interpreter
 
 from polybatch.errors import ConfigError, EngineError
 from polybatch.kernels.linear import cuda
-from polybatch.kernels.linear.cuda import Fp8Linear, Int4Linear, LinearWorkspace, link_products, pack
+from polybatch.kernels.linear.cuda import Fp8Linear, Int4Linear, LinearWorkspace, pack
 from polybatch.kernels.linear.cuda_config import Int4Config, int4_config
 from polybatch.kernels.linear.cuda_pack import pack_int4
 from polybatch.kernels.linear.quantize_symmetric import (
@@ -281,34 +280,3 @@ def test_every_program_of_a_configuration_has_inputs(tokens: int, rows: int, k_t
     assert 1 <= config.split <= k_tiles
     assert (rows * 128) % config.block_out == 0
     assert (config.parts_at_a_time == 0) == (config.split == 1)
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    mib=st.integers(1, 32),
-    programs=st.integers(1, 600),
-    rows=st.integers(1, 100),
-    k_tiles=st.integers(1, 60),
-    parts=st.integers(1, 16),
-)
-def test_what_is_sent_for_lies_inside_the_next_weights(
-    mib: int, programs: int, rows: int, k_tiles: int, parts: int
-) -> None:
-    parts = min(parts, k_tiles)
-    words = torch.empty(k_tiles, 128 * rows, 64, dtype=torch.int16, device="meta")
-    layout = replace(pack_int4(random_int4(0, 1, 128, 128, False)), words=words)
-    size = cuda._sent_bytes(mib << 20, programs, layout, parts)
-    assert size % 512 == 0
-    assert size * programs <= mib << 20
-    last_part = (parts - 1) * k_tiles // parts * 128 * rows * 128
-    assert last_part + -(-programs // parts) * size <= words.numel() * 2
-
-
-def test_products_know_the_next_one_unless_a_kind_without_sending_lies_between() -> None:
-    space = workspace()
-    a, b, c = (pack(torch.ones(8, 128), "int4", space) for _ in range(3))
-    link_products([a, b, pack(torch.ones(8, 128), None, space), c])
-    assert isinstance(a, Int4Linear)
-    assert isinstance(b, Int4Linear)
-    assert a.following is b
-    assert b.following is None

@@ -6,15 +6,11 @@
 
 `forward` writes `out` and returns nothing. After a first call per size it allocates nothing and may be
 captured in a CUDA graph. Layers share the workspace, so they must run one after the other on one stream.
-int4 starts early (programmatic dependent launch): a kernel before it that is itself launched so must wait for
-its own predecessor in every launch, also where it finds nothing to do.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +20,7 @@ from polybatch.errors import ConfigError
 from polybatch.kernels.linear.cuda_config import Int4Config, int4_config
 from polybatch.kernels.linear.cuda_fp8 import quantize_tokens_kernel
 from polybatch.kernels.linear.cuda_int4 import dequantize_kernel, int4_linear_kernel
-from polybatch.kernels.linear.cuda_pack import K_TILE, PLANE, ROW_TILE, Int4Layout, pack_int4
+from polybatch.kernels.linear.cuda_pack import K_TILE, ROW_TILE, Int4Layout, pack_int4
 from polybatch.kernels.linear.cuda_workspace import LinearWorkspace, check_product
 from polybatch.kernels.linear.quantize_symmetric import (
     QuantizedTensor,
@@ -33,7 +29,7 @@ from polybatch.kernels.linear.quantize_symmetric import (
     quantize_int4_symmetric,
 )
 
-__all__ = ["Fp8Linear", "Int4Linear", "LinearWorkspace", "PackedLinear", "link_products", "pack"]
+__all__ = ["Fp8Linear", "Int4Linear", "LinearWorkspace", "PackedLinear", "pack"]
 
 SCHEMES = (None, "int4", "int4-channel", "fp8")
 SCRATCH_BYTES = 128 << 20
@@ -41,8 +37,6 @@ SCRATCH_BYTES = 128 << 20
 FUSED_TOKENS = 512
 """Above this many tokens, int4 weights are widened and multiplied by cuBLAS."""
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
 _LADDER = (16, 32, 64, *range(128, FUSED_TOKENS + 1, 128))
 
 
@@ -110,14 +104,10 @@ class FloatLinear:
 
 
 class Int4Linear:
-    """4-bit weights: the fused kernel up to FUSED_TOKENS tokens, above it widened weights and cuBLAS.
-
-    following: the product that runs after this one, for whose weights it may send early; None for no other.
-    """
+    """4-bit weights: the fused kernel up to FUSED_TOKENS tokens, above it widened weights and cuBLAS."""
 
     def __init__(self, layout: Int4Layout, workspace: LinearWorkspace) -> None:
         self.layout = layout
-        self.following: Int4Linear | None = None
         self._workspace = workspace
         self._chunk_rows = _chunk_rows(layout, workspace)
         configs = [(m, int4_config(m, layout.rows, layout.k_tiles)) for m in _LADDER]
@@ -159,41 +149,26 @@ class Int4Linear:
         self, x: torch.Tensor, out: torch.Tensor, config: Int4Config
     ) -> tuple[tuple[int, int, int], tuple[Any, ...], dict[str, Any]]:
         layout = self.layout
-        out_tiles = layout.rows // config.block_out
-        grid = (-(-x.shape[0] // config.block_m), out_tiles, config.split)
-        prefetch = (config.prefetch_mib << 20) // (out_tiles * config.split * config.block_out * 2 * PLANE)
-        sent, parts, sent_bytes = layout, 1, 0
-        if self.following is not None and config.follow_mib and not _INTERPRETED:
-            sent = self.following.layout
-            parts = int4_config(x.shape[0], sent.rows, sent.k_tiles).split
-            sent_bytes = _sent_bytes(config.follow_mib << 20, out_tiles * config.split, sent, parts)
+        grid = (-(-x.shape[0] // config.block_m), layout.rows // config.block_out, config.split)
         arguments = (
             x, layout.words, layout.scales, layout.scales if layout.offsets is None else layout.offsets, out,
-            self._workspace.buffer("partials"), self._workspace.buffer("arrived"), sent.words, sent.scales,
-            x.shape[0], layout.num_in, layout.num_out, layout.rows, layout.k_tiles, config.split, prefetch,
-            sent.rows, sent.k_tiles, parts, sent_bytes, x.stride(0), out.stride(0),
+            self._workspace.buffer("partials"), self._workspace.buffer("arrived"), x.shape[0], layout.num_in,
+            layout.num_out, layout.rows, layout.k_tiles, config.split, x.stride(0), out.stride(0),
         )  # fmt: skip
-        is_dependent = config.is_dependent and not _INTERPRETED
         options: dict[str, Any] = {
             "BLOCK_M": config.block_m,
             "BLOCK_OUT": config.block_out,
             "COLUMNS": config.columns,
             "REDUCED": config.parts_at_a_time,
-            "THREADS": 32 * config.num_warps,
             "EVEN_K": layout.num_in % K_TILE == 0,
             "GROUPED": layout.is_grouped,
             "HAS_ZEROS": layout.offsets is not None,
             "SCALES_BF16": layout.scales_bf16,
             "SCALED": config.is_scaled and layout.is_grouped,
             "ASSEMBLY": not _INTERPRETED,
-            "DEPENDENT": is_dependent,
-            "PREFETCHES": is_dependent and config.prefetch_mib > 0,
-            "FOLLOWED": sent_bytes > 0 and sent.is_grouped,
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
         }
-        if is_dependent:
-            options["launch_pdl"] = True
         return grid, arguments, options
 
     def forward_widened(self, x: torch.Tensor, out: torch.Tensor) -> None:
@@ -227,22 +202,6 @@ def _chunk_rows(layout: Int4Layout, workspace: LinearWorkspace) -> int:
     row_bytes = layout.num_in * workspace.dtype.itemsize
     pieces = -(-layout.rows * row_bytes // SCRATCH_BYTES)
     return -(-layout.rows // (pieces * ROW_TILE)) * ROW_TILE
-
-
-def link_products(products: Sequence[object]) -> None:
-    """Tell products that run soon after each other of the next; those of other kinds are left out."""
-    for one, following in pairwise(products):
-        if isinstance(one, Int4Linear) and isinstance(following, Int4Linear):
-            one.following = following
-
-
-def _sent_bytes(wanted: int, programs: int, layout: Int4Layout, parts: int) -> int:
-    """Of another product's words, what each of these programs sends for: from the start of each of its parts.
-
-    A multiple of 512, as 16 bytes of scales belong to 512 of words.
-    """
-    part_bytes = layout.k_tiles // parts * layout.rows * 2 * PLANE
-    return min(wanted // programs, part_bytes // -(-programs // parts)) // 512 * 512
 
 
 class Fp8Linear:

@@ -16,9 +16,7 @@ _ANY = 1 << 62
 class Int4Config:
     """Tile sizes, parts of the inputs, warps, pipeline stages of int4_linear_kernel.
 
-    is_scaled: scales multiply weights, not sums. is_dependent: start while the kernel before ends.
-    prefetch_mib: weights the launch sends for meanwhile. follow_mib: of the next product's weights, sent for
-    while its own last ones arrive, if it knows of one (`link_products`).
+    is_scaled: scales multiply weights, not sums.
     """
 
     block_m: int
@@ -27,9 +25,6 @@ class Int4Config:
     num_warps: int
     num_stages: int
     is_scaled: bool = False
-    is_dependent: bool = True
-    prefetch_mib: int = 0
-    follow_mib: int = 0
 
     @property
     def columns(self) -> int:
@@ -60,73 +55,73 @@ _QKV, _O, _GATE_UP, _DOWN = (6144, 16), (4096, 16), (28672, 16), (4096, 56)
 _CLASSES: tuple[tuple[int, Int4Config, int, dict[tuple[int, int], Int4Config]], ...] = (
     (
         8,
-        Int4Config(16, 64, 1, 4, 3, prefetch_mib=8),
+        Int4Config(16, 64, 1, 4, 3),
         448,
         {
-            _QKV: Int4Config(16, 64, 4, 4, 3, prefetch_mib=8),
-            _O: Int4Config(8, 32, 8, 2, 3, prefetch_mib=8),
-            _GATE_UP: Int4Config(16, 64, 1, 4, 3, prefetch_mib=8),
-            _DOWN: Int4Config(8, 32, 8, 2, 3, prefetch_mib=8),
+            _QKV: Int4Config(16, 64, 4, 4, 3),
+            _O: Int4Config(8, 32, 8, 2, 3),
+            _GATE_UP: Int4Config(16, 64, 1, 4, 3),
+            _DOWN: Int4Config(8, 32, 8, 2, 3),
         },
     ),
     (
         16,
-        Int4Config(16, 64, 1, 4, 3, prefetch_mib=8),
+        Int4Config(16, 64, 1, 4, 3),
         448,
         {
-            _QKV: Int4Config(16, 64, 4, 4, 3, prefetch_mib=8),
-            _O: Int4Config(16, 64, 8, 4, 3, prefetch_mib=8),
-            _GATE_UP: Int4Config(16, 64, 1, 4, 3, prefetch_mib=8),
-            _DOWN: Int4Config(16, 64, 8, 4, 3, prefetch_mib=8),
+            _QKV: Int4Config(16, 64, 4, 4, 3),
+            _O: Int4Config(16, 64, 8, 4, 3),
+            _GATE_UP: Int4Config(16, 64, 1, 4, 3),
+            _DOWN: Int4Config(16, 64, 8, 4, 3),
         },
     ),
     (
         32,
-        Int4Config(32, 64, 1, 4, 3, prefetch_mib=8),
+        Int4Config(32, 64, 1, 4, 3),
         384,
         {
-            _QKV: Int4Config(32, 64, 4, 4, 3, prefetch_mib=8),
-            _O: Int4Config(32, 64, 4, 4, 4, prefetch_mib=8),
-            _GATE_UP: Int4Config(32, 128, 1, 8, 3, prefetch_mib=8),
-            _DOWN: Int4Config(32, 64, 6, 4, 3, prefetch_mib=8),
+            _QKV: Int4Config(32, 64, 4, 4, 3),
+            _O: Int4Config(32, 64, 4, 4, 4),
+            _GATE_UP: Int4Config(32, 128, 1, 8, 3),
+            _DOWN: Int4Config(32, 64, 6, 4, 3),
         },
     ),
     (
         64,
-        Int4Config(64, 64, 1, 4, 3, is_dependent=False),
+        Int4Config(64, 64, 1, 4, 3),
         132,
         {
-            _QKV: Int4Config(64, 64, 1, 4, 3, is_dependent=False),
-            _O: Int4Config(64, 64, 2, 4, 3, is_dependent=False),
-            _GATE_UP: Int4Config(64, 64, 1, 4, 3, is_dependent=False),
-            _DOWN: Int4Config(64, 64, 4, 4, 3, is_dependent=False),
+            _QKV: Int4Config(64, 64, 1, 4, 3),
+            _O: Int4Config(64, 64, 2, 4, 3),
+            _GATE_UP: Int4Config(64, 64, 1, 4, 3),
+            _DOWN: Int4Config(64, 64, 4, 4, 3),
         },
     ),
     (
         128,
-        Int4Config(64, 64, 1, 4, 3, is_dependent=False),
+        Int4Config(64, 64, 1, 4, 3),
         264,
         {
-            _QKV: Int4Config(64, 64, 1, 4, 3, is_dependent=False),
-            _O: Int4Config(64, 64, 1, 4, 3, is_dependent=False),
-            _GATE_UP: Int4Config(128, 256, 1, 8, 3, is_scaled=True, is_dependent=False),
-            _DOWN: Int4Config(64, 64, 2, 4, 3, is_dependent=False),
+            _QKV: Int4Config(64, 64, 1, 4, 3),
+            _O: Int4Config(64, 64, 1, 4, 3),
+            _GATE_UP: Int4Config(128, 256, 1, 8, 3, is_scaled=True),
+            _DOWN: Int4Config(64, 64, 2, 4, 3),
         },
     ),
     (
         256,
-        Int4Config(128, 128, 1, 8, 4, is_scaled=True, is_dependent=False),
+        Int4Config(128, 128, 1, 8, 4, is_scaled=True),
         132,
         {
-            _O: Int4Config(64, 64, 1, 4, 3, is_dependent=False),
-            _GATE_UP: Int4Config(128, 256, 1, 8, 3, is_scaled=True, is_dependent=False),
-            _DOWN: Int4Config(64, 64, 1, 4, 3, is_dependent=False),
+            _O: Int4Config(64, 64, 1, 4, 3),
+            _GATE_UP: Int4Config(128, 256, 1, 8, 3, is_scaled=True),
+            _DOWN: Int4Config(64, 64, 1, 4, 3),
         },
     ),
     (
         _ANY,
-        Int4Config(128, 128, 1, 8, 4, is_scaled=True, is_dependent=False),
+        Int4Config(128, 128, 1, 8, 4, is_scaled=True),
         132,
-        {_GATE_UP: Int4Config(128, 256, 1, 8, 3, is_scaled=True, is_dependent=False)},
+        {_GATE_UP: Int4Config(128, 256, 1, 8, 3, is_scaled=True)},
     ),
 )

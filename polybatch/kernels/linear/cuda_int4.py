@@ -16,13 +16,6 @@ writes its sums; the last to arrive adds all in the order of the inputs, so that
 on who that was. Not here: thousands of tokens, for which `Int4Linear` widens the weights into scratch and
 calls cuBLAS.
 
-A program launched early (DEPENDENT) waits for the kernel that makes x, then lets its own successor take
-free places. With PREFETCHES it first sends for some weights, which depend on nothing, so that memory stays
-busy while the kernel before ends, and lets its successor do likewise at once. That pays only where programs
-fill the device: a few of them are placed unevenly among those that wait already. With FOLLOWED it sends, when
-its own last weights are on their way, for the first ones of the product after it; that needs no early start
-and no place on the device, and spans small kernels between two products.
-
 Sources: MARLIN (Frantar et al. 2024) for the offline layout and the unpacking; the exponent trick as in
 Kim et al. 2022 ("Who says elephants can't run").
 """
@@ -34,7 +27,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # $4 holds two words; plane j lies in bits 4 j to 4 j + 3 of each. 0xEA is (a & b) | c.
 _EXTRACT = """{{
@@ -79,13 +71,6 @@ UNPACK_SCALED_BF16 = tl.constexpr(_UNPACK_SCALED.format(**_BF16))
 UNPACK_SCALED_FP16 = tl.constexpr(_UNPACK_SCALED.format(**_FP16))
 UNPACK_ZEROS_BF16 = tl.constexpr(_UNPACK_ZEROS.format(**_BF16))
 UNPACK_ZEROS_FP16 = tl.constexpr(_UNPACK_ZEROS.format(**_FP16))
-# A stretch of memory into the L2 cache, if it is not empty.
-PREFETCH = tl.constexpr("""{
-    .reg .pred p;
-    setp.ne.u32 p, $2, 0;
-    @p cp.async.bulk.prefetch.L2.global [$1], $2;
-    mov.b32 $0, 0;
-}""")
 
 
 @triton.jit
@@ -179,13 +164,6 @@ def _scaled_planes(
 
 
 @triton.jit
-def _prefetch(pointers, num_bytes):
-    tl.inline_asm_elementwise(
-        PREFETCH, "=r,l,r", [pointers, num_bytes], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
 def _load_pairs(pointers, ASSEMBLY: tl.constexpr):
     """int32 per row, read-only. As an elementwise operation it is done in whatever layout the sums have."""
     if ASSEMBLY:
@@ -220,10 +198,7 @@ def _load_x(pointers, is_token, inputs_left, column, dtype: tl.constexpr, EVEN_K
     return tl.load(pointers, mask=mask, other=0.0).to(dtype)
 
 
-_VARYING = ["num_tokens", "k_tiles", "split", "prefetch", "next_tiles", "next_parts", "next_bytes"]
-
-
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=["num_tokens", "k_tiles", "split"])
 def int4_linear_kernel(
     x_ptr,  # [num_tokens, num_in], rows x_stride apart
     words_ptr,  # [k_tiles, rows, 64] int16
@@ -232,35 +207,24 @@ def int4_linear_kernel(
     out_ptr,  # [num_tokens, num_out], rows out_stride apart
     partials_ptr,  # [m tiles, out tiles, split, BLOCK_OUT, BLOCK_M] float32
     arrived_ptr,  # [m tiles * out tiles] int32, zero before and after
-    next_words_ptr,  # FOLLOWED: words and scales of the product after this one
-    next_scales_ptr,
     num_tokens,
     num_in,
     num_out,
     rows,
     k_tiles,
     split,
-    prefetch,  # PREFETCHES: tiles of inputs to send for early
-    next_rows,
-    next_tiles,
-    next_parts,  # in which the product after this one reads its inputs at once
-    next_bytes,  # FOLLOWED: of its words that each program sends for, a multiple of 512
     x_stride,
     out_stride,
     BLOCK_M: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     COLUMNS: tl.constexpr,  # of a tile's 64, in a step; 64 unless SCALED
     REDUCED: tl.constexpr,  # parts of the inputs to add at a time; 0: not split
-    THREADS: tl.constexpr,
     EVEN_K: tl.constexpr,
     GROUPED: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     SCALES_BF16: tl.constexpr,
     SCALED: tl.constexpr,
     ASSEMBLY: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-    PREFETCHES: tl.constexpr,
-    FOLLOWED: tl.constexpr,
 ):
     """One tile [BLOCK_OUT, BLOCK_M] of y^T over one of `split` stretches of the inputs."""
     # The interpreter does not multiply 16-bit floats rightly.
@@ -275,23 +239,6 @@ def int4_linear_kernel(
     STEPS: tl.constexpr = 64 // COLUMNS
     first = part * (k_tiles * STEPS) // split
     last = (part + 1) * (k_tiles * STEPS) // split
-    if PREFETCHES:
-        thread = tl.arange(0, THREADS)
-        # Warps take turns, as a warp sends for one stretch at a time.
-        turn = thread // 32 + thread % 32 * (THREADS // 32)
-        early = first // STEPS + turn
-        is_early = (turn < prefetch) & (early * STEPS < last) & (m_tile == 0)
-        early_rows = tl.where(is_early, BLOCK_OUT, 0)
-        start = early * rows + out_tile * BLOCK_OUT
-        _prefetch(words_ptr + start * 64, early_rows * 128)
-        if GROUPED:
-            _prefetch(scales_ptr + start, early_rows * 4)
-        gdc_launch_dependents()
-        gdc_wait()
-    elif DEPENDENT:
-        gdc_wait()
-        gdc_launch_dependents()
-
     acc = tl.zeros([BLOCK_OUT, BLOCK_M], tl.float32)
     ones = tl.full([BLOCK_OUT, 64], 1.0, tl.float32).to(dtype)
     scales = tl.zeros([BLOCK_OUT], tl.int32)
@@ -303,20 +250,7 @@ def int4_linear_kernel(
             offsets = _load_pairs(offsets_ptr + first * rows + row, ASSEMBLY)
     word_ptrs = words_ptr + row[:, None] * 64 + column[None, :]
     x_ptrs = x_ptr + token[:, None] * x_stride + column[None, :]
-    if FOLLOWED:
-        index = out_tile * split + part
-        begin = index % next_parts * next_tiles // next_parts * next_rows
-        skipped = index // next_parts * next_bytes
-        next_words = next_words_ptr + begin * 64 + skipped // 2
-        next_scales = next_scales_ptr + begin + skipped // 128
-        sender = tl.arange(0, THREADS)
-        # Loads run two steps ahead.
-        send_at = tl.where(m_tile == 0, tl.maximum(first, last - 3), -1)
     for step in range(first, last):
-        if FOLLOWED:
-            next_size = tl.where((sender == 0) & (step == send_at), next_bytes, 0)
-            _prefetch(next_words, next_size)
-            _prefetch(next_scales, next_size // 32)
         tile = step // STEPS
         shift = step % STEPS * COLUMNS
         words = tl.load(word_ptrs + (tile * (rows * 64) + shift))
