@@ -239,15 +239,15 @@ def test_a_start_in_which_no_rank_gets_on_ends_and_says_where_each_stands(monkey
     """Rank 1 is never told what to load, and rank 0 waits for it in what cannot be interrupted."""
     monkeypatch.setattr(team, "SILENCE_S", 0.5)
     ranks, never = Team(2), threading.Event()
-    aborted = []
-    ranks.on_failure = lambda: aborted.append(True)
+    aborted = threading.Event()
+    ranks.on_failure = aborted.set
     try:
         ranks.enter("it meets the other ranks")
         with pytest.raises(EngineError, match=r"rank 0 it meets the other ranks, of rank 1 its interpreter"):
             ranks.run(never.wait)
         with pytest.raises(EngineError, match="rank 1"):
             ranks.await_phase("it takes part in steps")
-        assert aborted == [True]
+        assert aborted.wait(10.0)
     finally:
         never.set()
         ranks.close()
