@@ -29,7 +29,7 @@ LOADS = (1.0, 1.6, 2.2, 3.0)
 DURATION_S = 120.0
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
-TRACES = {"azure_llm_code_2023.csv": 2400, "mooncake_conversation_first_half.jsonl": 400}
+TRACES = {"azure_llm_code_2023.csv": 1500, "mooncake_conversation_first_half.jsonl": 300}
 """Requests taken of each, from its beginning."""
 TRACE_LOADS = (1.6, 2.5)
 

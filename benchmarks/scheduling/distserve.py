@@ -16,7 +16,7 @@ from polybatch.simulate.machines import Machine
 from polybatch.simulate.report import Report, report
 from polybatch.simulate.workloads.distserve import distserve
 
-NUM_REQUESTS = 400
+NUM_REQUESTS = 300
 TASKS = ("chat", "summarisation")
 SCALES = (1.0, 0.25)
 """Of the limits for a model of 13B; the second is near what a step takes here."""
@@ -55,4 +55,4 @@ def _search(machine: Machine, task: str, scale: float, num_prefill: int) -> floa
         )
         return report(run)
 
-    return search_capacity(trial, keeps_attainment(), 8.0, granularity=0.05, max_trials=12).rate / 2
+    return search_capacity(trial, keeps_attainment(), 8.0, granularity=0.1, max_trials=10).rate / 2

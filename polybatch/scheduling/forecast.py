@@ -51,7 +51,7 @@ class AdmissionAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Party:
-    """Waiting neighbours who are taken to start and end together.
+    """Waiting neighbours who are taken to be alike.
 
     num_tokens, num_pages: all that they have to compute and will be given. num_expected: of output, the mean.
     """
@@ -124,13 +124,22 @@ class Forecast:
             len(other.seq.pages) for other in tracks.running if other.is_batch and not track.is_batch
         )
         free_s, prefill_end = 0.0, pace.prefill_s(computing) if computing else 0.0
+        # As few as an eighth of what runs do not start by themselves.
+        grain = max(1, len(live) // 8)
         for party in parties:
-            while ends and (pages < party.num_pages or slots < party.size):
-                free_s, given, left = heapq.heappop(ends)
-                pages, slots = pages + given, slots + left
-            pages, slots = pages - party.num_pages, slots - party.size
-            prefill_end = max(prefill_end, free_s) + pace.prefill_s(party.num_tokens)
-            heapq.heappush(ends, (ends_s(party.num_expected, prefill_end), party.num_pages, party.size))
+            left = party.size
+            while left:
+                room = min(left, slots, pages * party.size // party.num_pages)
+                if room < min(left, grain) and ends:
+                    free_s, given, ended = heapq.heappop(ends)
+                    pages, slots = pages + given, slots + ended
+                    continue
+                num = room if room > 0 else left
+                wanted = party.num_pages * num // party.size
+                pages, slots, left = pages - wanted, slots - num, left - num
+                num_tokens = party.num_tokens * num // party.size
+                prefill_end = max(prefill_end, free_s) + pace.prefill_s(num_tokens)
+                heapq.heappush(ends, (ends_s(party.num_expected, prefill_end), wanted, num))
         prefill_end *= self._scale(len(ahead))
         return prefill_end, ends_s(track.num_expected - 1, prefill_end)
 
