@@ -193,6 +193,7 @@ class SchedulerConfig:
     service: what live requests are promised. batching: one of BATCHING.
     adapter_cluster: distinct adapters in the running batch from which on those who need one of them are
         admitted before others; None for never.
+    stage_times: (kind, mean seconds) of stages of workflows, where they are known; others are learned.
     """
 
     max_num_batched_tokens: int = 2048
@@ -205,6 +206,7 @@ class SchedulerConfig:
     service: ServiceLevels = field(default_factory=ServiceLevels)
     batching: str = "stall_free"
     adapter_cluster: int | None = None
+    stage_times: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("max_num_batched_tokens", "max_num_seqs", "max_model_len"):

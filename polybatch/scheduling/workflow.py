@@ -1,8 +1,9 @@
 """Workflows of several calls with one deadline: what share of the time left a stage may have.
 
 A stage's budget is the time until the workflow is due, in proportion of what this stage takes to what it and
-the stages that are expected after it take; whoever may wait least goes first. What stages take is learned
-from those that have ended, from admission to end.
+the stages that are expected after it take; whoever may wait least goes first. What stages take is given, or
+learned from those that have ended, from admission to end. A kind of which nothing is known counts as much as
+the stage that is asked for, which makes for poor budgets.
 Source: HexGen-Flow (Peng et al. 2025), stage budgets and urgency.
 """
 
@@ -17,10 +18,14 @@ WEIGHT = 0.1
 class StageTimes:
     """Mean seconds of stages by kind."""
 
-    def __init__(self) -> None:
-        self._mean_s: dict[str, float] = {}
+    def __init__(self, given: Iterable[tuple[str, float]] = ()) -> None:
+        """given: kinds and means that stay as they are."""
+        self._mean_s: dict[str, float] = dict(given)
+        self._given = frozenset(self._mean_s)
 
     def observe(self, stage: str, seconds: float) -> None:
+        if stage in self._given:
+            return
         mean_s = self._mean_s.get(stage)
         self._mean_s[stage] = seconds if mean_s is None else mean_s + WEIGHT * (seconds - mean_s)
 

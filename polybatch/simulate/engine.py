@@ -98,8 +98,8 @@ class EngineSettings:
 
     max_tokens: what every client asks for; None: what the trace says, or else the true length.
     has_costs: whether the scheduler may ask the cost model, as one that was calibrated does.
-    enable_prefix_caching: off saves time where prompts share nothing. batching, service, adapter_cluster: as
-        in `SchedulerConfig`.
+    enable_prefix_caching: off saves time where prompts share nothing. batching, service, adapter_cluster,
+        stage_times: as in `SchedulerConfig`.
     page_samples: so many samples of page use are kept at most.
     """
 
@@ -107,6 +107,7 @@ class EngineSettings:
     batching: str = "stall_free"
     service: ServiceLevels = field(default_factory=ServiceLevels)
     adapter_cluster: int | None = None
+    stage_times: tuple[tuple[str, float], ...] = ()
     max_num_batched_tokens: int | None = None
     max_num_seqs: int | None = None
     max_tokens: int | None = None
@@ -123,6 +124,7 @@ class EngineSettings:
             batching=self.batching,
             service=self.service,
             adapter_cluster=self.adapter_cluster,
+            stage_times=self.stage_times,
             enable_prefix_caching=self.enable_prefix_caching,
         )
 

@@ -244,6 +244,13 @@ def test_a_stage_gets_its_share_of_the_time_left() -> None:
     assert times.mean_s("unknown", 7.0) == 7.0
 
 
+def test_given_times_of_stages_stay_as_they_are() -> None:
+    times = StageTimes([("draft", 3.0)])
+    times.observe("draft", 100.0)
+    times.observe("check", 1.0)
+    assert times.budget_s("draft", ("check",), 8.0, 3.0) == pytest.approx(6.0)
+
+
 def test_the_stage_that_may_wait_least_goes_first() -> None:
     driver = driver_of(policy="deadline", max_num_seqs=1)
     decoding(driver, "busy", 5)

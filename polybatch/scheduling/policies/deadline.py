@@ -101,7 +101,7 @@ class Deadline(Policy):
     def __init__(self, config: SchedulerConfig, arena: Arena, costs: StepCosts | None = None) -> None:
         super().__init__(config, arena, costs)
         self._queue = DeadlineQueue()
-        self._stages = StageTimes()
+        self._stages = StageTimes(config.stage_times)
         self._now = 0.0
         self._num_steps = 0
         self._late_at: list[tuple[float, float, Track]] = []
