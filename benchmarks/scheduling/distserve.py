@@ -16,7 +16,7 @@ from polybatch.simulate.machines import Machine
 from polybatch.simulate.report import Report, report
 from polybatch.simulate.workloads.distserve import distserve
 
-NUM_REQUESTS = 300
+NUM_REQUESTS = 1000
 TASKS = ("chat", "summarisation")
 SCALES = (1.0, 0.25)
 """Of the limits for a model of 13B; the second is near what a step takes here."""
