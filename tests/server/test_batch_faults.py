@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
@@ -80,12 +82,14 @@ def test_an_orderly_shutdown_does_not_wait_for_batches_and_the_next_server_goes_
         assert lines_of(running.openai, done.output_file_id).keys() == {f"r{i}" for i in range(40)}
 
 
-@pytest.mark.parametrize("stage", ["split", "record"])
+@pytest.mark.parametrize("stage", ["split", "place", "record"])
 def test_finalizing_twice_makes_the_same_files(
     tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from polybatch.server.batches import process
+    from polybatch.server.batches.objects import Batch, StoredFile
     from polybatch.server.batches.process import BatchProcess
+    from polybatch.server.batches.store import Store
 
     original = BatchProcess._split
     calls = []
@@ -95,11 +99,19 @@ def test_finalizing_twice_makes_the_same_files(
         if stage == "split" and len(calls) == 1:
             raise OSError("disk full")
         made = original(self, job)  # type: ignore[arg-type]
-        if len(calls) == 1:
+        if stage == "place" and len(calls) == 1:
             raise OSError("disk full")
         return made
 
+    recorded = Store.update_batch
+
+    def record(self: Store, batch: Batch, files: Sequence[StoredFile] = ()) -> None:
+        if stage == "record" and batch.status.is_over and len(calls) == 1:
+            raise sqlite3.OperationalError("database or disk is full")
+        recorded(self, batch, files)
+
     monkeypatch.setattr(process.BatchProcess, "_split", split)
+    monkeypatch.setattr(Store, "update_batch", record)
     monkeypatch.setattr("polybatch.server.batches.service.RETRY_S", 0.05)
     with RunningServer(config={"data_dir": tmp_path}) as running:
         done = until(running.openai, begin(running.openai, [row("a"), row("b", flavour="x")]).id)
@@ -135,3 +147,44 @@ def test_a_row_that_always_fails_the_engine_becomes_an_error_line(
         assert httpx.get(f"{running.url}/health").status_code == 200
         assert running.state.batches is not None
         assert running.state.batches.capacity.num_in_flight == 0
+
+
+def test_a_batch_is_over_only_once_its_files_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from polybatch.server.batches.objects import Batch, StoredFile
+    from polybatch.server.batches.store import Store
+
+    recorded = Store.update_batch
+
+    def record(self: Store, batch: Batch, files: Sequence[StoredFile] = ()) -> None:
+        if batch.status.is_over:
+            time.sleep(0.3)
+        recorded(self, batch, files)
+
+    monkeypatch.setattr(Store, "update_batch", record)
+    with RunningServer(config={"data_dir": tmp_path}) as running:
+        done = until(running.openai, begin(running.openai, [row("a")]).id)
+        assert lines_of(running.openai, done.output_file_id).keys() == {"a"}
+
+
+def test_a_record_that_fails_halfway_leaves_nothing_and_can_be_made_again(tmp_path: Path) -> None:
+    from test_batch_slots import batch
+
+    from polybatch.server.batches.objects import StoredFile
+    from polybatch.server.batches.store import Store
+
+    store = Store(tmp_path)
+    files = [
+        StoredFile(id=name, tenant="", filename="f", purpose="batch_output", size=1, created_s=0)
+        for name in ("first", "second")
+    ]
+    full = "BEFORE INSERT ON files WHEN NEW.id = 'second' BEGIN SELECT RAISE(ABORT, 'disk full'); END"
+    store._db.execute(f"CREATE TRIGGER full {full}")
+    with pytest.raises(sqlite3.Error):
+        store.update_batch(batch(), files)
+    assert store.file("first", "", 0.0) is None
+    store._db.execute("DROP TRIGGER full")
+    store.update_batch(batch(), files)
+    assert store.file("first", "", 0.0) is not None
+    store.close()

@@ -17,6 +17,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from msgspec import structs
+
 from polybatch.errors import ConfigError
 from polybatch.jobs.job import Job, open_job
 from polybatch.jobs.lines import decode_output
@@ -40,7 +42,7 @@ class BatchProcess:
         self._rows: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
-        """Work until the batch is over. Raises PolybatchError or OSError if that cannot be now."""
+        """Work until the batch is over. Raises PolybatchError, OSError or sqlite3.Error if it cannot."""
         with ThreadPoolExecutor(1, thread_name_prefix=self.batch.id) as pool:
             io = Io(pool)
             opening = asyncio.create_task(io(self._open))
@@ -125,10 +127,15 @@ class BatchProcess:
         if batch.outcome is BatchStatus.EXPIRED:
             self._count(await io(_expire, job))
         made = await io(self._split, job)
-        batch.output_file_id, batch.error_file_id = (file.id if file else None for file in made)
-        batch.status = batch.outcome
-        batch.at[batch.status] = int(time.time())
-        await asyncio.to_thread(self._store.update_batch, batch, [file for file in made if file])
+        output_file_id, error_file_id = (file.id if file else None for file in made)
+        over = structs.replace(
+            batch, status=batch.outcome, at=batch.at | {batch.outcome: int(time.time())},
+            output_file_id=output_file_id, error_file_id=error_file_id,
+        )  # fmt: skip
+        await asyncio.to_thread(self._store.update_batch, over, [file for file in made if file])
+        # Clients look at this one, and ask for the files as soon as it names them.
+        batch.output_file_id, batch.error_file_id, batch.at = output_file_id, error_file_id, over.at
+        batch.status = over.status
 
     def _split(self, job: Job) -> tuple[StoredFile | None, StoredFile | None]:
         """Output and error file, None where there is nothing to say."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sqlite3
 import time
 import uuid
 from collections.abc import Coroutine
@@ -199,7 +200,7 @@ class BatchService:
         while not batch.status.is_over:
             try:
                 await process.run()
-            except (PolybatchError, OSError) as error:
+            except (PolybatchError, OSError, sqlite3.Error) as error:
                 logger.error("%s cannot go on now: %s", batch.id, error)
                 await asyncio.sleep(RETRY_S)
         counts = batch.counts

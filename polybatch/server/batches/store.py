@@ -187,13 +187,19 @@ class Store:
         """Keep what has become of a batch, in one transaction with its output files."""
         with self._lock:
             self._db.execute("BEGIN")
-            for file in outputs:
-                self._insert_file(file)
-            self._db.execute(
-                "UPDATE batches SET is_over = ?, record = ? WHERE id = ?",
-                (batch.status.is_over, msgspec.json.encode(batch), batch.id),
-            )
-            self._db.execute("COMMIT")
+            try:
+                for file in outputs:
+                    self._insert_file(file)
+                self._db.execute(
+                    "UPDATE batches SET is_over = ?, record = ? WHERE id = ?",
+                    (batch.status.is_over, msgspec.json.encode(batch), batch.id),
+                )
+                self._db.execute("COMMIT")
+            except sqlite3.Error:
+                # Some errors have ended the transaction themselves.
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
 
     def remove_work(self, batch: Batch) -> None:
         """Forget how a batch that is over was worked on."""
