@@ -26,22 +26,21 @@ from typing import TypeVar
 from polybatch.config import ModelSpec
 from polybatch.engine import messages as ms
 from polybatch.engine.connection import Connection, Watch
-from polybatch.engine.deltas import OutputCollector
 from polybatch.engine.door import Door
 from polybatch.engine.front import AdapterTable, FrontModel, open_front
 from polybatch.engine.messages import RequestDelta
 from polybatch.engine.observer import Observer
 from polybatch.engine.ports import TextTokenizer
+from polybatch.engine.request_stream import RequestStream
 from polybatch.engine.snapshot import EngineSnapshot
 from polybatch.engine.stats import EngineStats
-from polybatch.errors import AdapterError, ConfigError, EngineError, PolybatchError, RequestError
+from polybatch.errors import AdapterError, ConfigError, EngineError, RequestError
 from polybatch.log_format import current_format
 from polybatch.mixture import AdapterChoice
 from polybatch.request import (
     AdapterRef,
     Deadlines,
     Request,
-    RequestOutput,
     SamplingParams,
     WorkflowStage,
 )
@@ -85,50 +84,6 @@ class EngineHealth:
     num_steps: int
     heartbeat_age_s: float | None
     step_age_s: float | None
-
-
-class RequestStream:
-    """Deltas of one request in flight; iterate once, and `close` it if you stop early.
-
-    Raises, at the end of what came, RequestError if the engine refused the request, EngineError if it failed.
-    """
-
-    def __init__(self, request: Request, close: Callable[[], None]) -> None:
-        self.request = request
-        self._close = close
-        self._queue: asyncio.Queue[RequestDelta | PolybatchError] = asyncio.Queue()
-        self._is_over = False
-
-    def __aiter__(self) -> AsyncIterator[RequestDelta]:
-        return self
-
-    async def __anext__(self) -> RequestDelta:
-        if self._is_over:
-            raise StopAsyncIteration
-        item = await self._queue.get()
-        if isinstance(item, PolybatchError):
-            self._is_over = True
-            raise item
-        self._is_over = item.is_finished
-        return item
-
-    def put(self, item: RequestDelta | PolybatchError) -> None:
-        """Called by `AsyncLLM`."""
-        self._queue.put_nowait(item)
-
-    def close(self) -> None:
-        """Abort the request if it still runs; its pages are free at the engine's next step."""
-        self._close()
-
-    async def collect(self, prompt: str | None = None) -> RequestOutput:
-        """Wait for the end and return all of it. prompt: its text, for the output."""
-        collector = OutputCollector(self.request, prompt)
-        try:
-            async for delta in self:
-                collector.add(delta)
-        finally:
-            self.close()
-        return collector.output()
 
 
 class AsyncLLM:

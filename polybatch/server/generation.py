@@ -14,9 +14,9 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from polybatch.engine.async_llm import RequestStream
 from polybatch.engine.deltas import OutputCollector
 from polybatch.engine.messages import RequestDelta
+from polybatch.engine.request_stream import RequestStream
 from polybatch.errors import PolybatchError, RequestError
 from polybatch.jobs.tools.answer import template_variables, with_tools
 from polybatch.request import Deadlines, Request, RequestOutput
