@@ -57,6 +57,11 @@ SHAPE_FIELDS = tuple(field.name for field in fields(StepShape))
 class StepCosts(Protocol):
     """Whatever predicts a step: a fitted model, one that corrects itself, a table in a test."""
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether predictions are worth telling; a model that is learned is not from the first step on."""
+        ...
+
     def predict(self, shape: StepShape) -> float:
         """Seconds of a step of this shape."""
         ...
@@ -253,6 +258,10 @@ class CostModel:
     mixed_floor: float = 0.0
     short_floor: float = 0.0
     long_floor: float = 0.0
+
+    @property
+    def is_ready(self) -> bool:
+        return True
 
     def predict(self, shape: StepShape) -> float:
         """Seconds of a step of this shape."""

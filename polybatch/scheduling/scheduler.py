@@ -51,6 +51,7 @@ class Scheduler:
         costs: predicts a step's time, for deadlines; None where nothing is known about it.
         """
         self._config = config
+        self._costs = costs
         self._arena = Arena(pool, config.reserve_pages)
         self._admission = Admission(self._arena, config.max_model_len)
         self._policy = policy_named(config.policy)(config, self._arena, costs)
@@ -110,7 +111,7 @@ class Scheduler:
             self._order += 1
             tracks.append(track)
         self._tracks.add(tracks)
-        if self._forecast is not None:
+        if self._forecast is not None and self._costs is not None and self._costs.is_ready:
             self._answer(tracks[0], now)
         return [track.seq for track in tracks]
 
@@ -121,7 +122,7 @@ class Scheduler:
     def answer(self, request_id: str) -> AdmissionAnswer | None:
         """What was predicted for a live request at its arrival.
 
-        None without deadlines, for rows of batches, or where nothing predicts.
+        None without deadlines, for rows of batches, or where nothing predicts (yet).
         """
         tracks = self._tracks.of_request.get(request_id)
         return tracks[0].answer if tracks else None

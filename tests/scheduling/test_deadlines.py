@@ -16,8 +16,9 @@ from polybatch.errors import DeadlineError
 from polybatch.request import Deadlines, Request, Sequence, SequenceStatus, WorkflowStage
 from polybatch.scheduling.adapter_clusters import MAX_PASSED
 from polybatch.scheduling.budget import MARGIN, MIN_PREFILL_TOKENS
-from polybatch.scheduling.costs import CostModel, shape_of
+from polybatch.scheduling.costs import CostModel, StepCosts, StepShape, shape_of
 from polybatch.scheduling.deadlines import Attainment, attainment_of, due_of
+from polybatch.scheduling.online_cost import MIN_FITTED, OnlineCost
 from polybatch.scheduling.plan import StepPlan
 from polybatch.scheduling.policies import BATCH_PRIORITY
 from polybatch.scheduling.workflow import StageTimes
@@ -25,7 +26,7 @@ from polybatch.scheduling.workflow import StageTimes
 COSTS = CostModel(base=0.01, per_token=0.0005, per_context=1e-6)
 
 
-def driver_of(costs: CostModel | None = COSTS, pages: int = 400, **config: object) -> Driver:
+def driver_of(costs: StepCosts | None = COSTS, pages: int = 400, **config: object) -> Driver:
     settings = {"max_num_batched_tokens": 512, "max_model_len": 2048, "enable_prefix_caching": False}
     return Driver(SchedulerConfig(**(settings | config)), pool_of(pages, 16), costs=costs)  # type: ignore[arg-type]
 
@@ -198,6 +199,18 @@ def test_a_refused_request_is_told_deadline_and_forecast_and_leaves_nothing_behi
     driver.scheduler.check()
     driver.add(late_request("late", driver.now, ttft_s=100.0))
     driver.run()
+
+
+def test_a_model_that_has_seen_too_little_answers_nothing_and_refuses_nobody() -> None:
+    costs = OnlineCost()
+    driver = driver_of(costs, max_num_seqs=1, service=ServiceLevels(refuse_late=True))
+    decoding(driver, "busy", 100)
+    driver.add(late_request("early", driver.now, ttft_s=0.1))
+    assert driver.scheduler.answer("early") is None
+    for _ in range(MIN_FITTED):
+        costs.observe(StepShape(num_tokens=1, num_decodes=1), 0.01)
+    with pytest.raises(DeadlineError):
+        driver.add(late_request("late", driver.now, ttft_s=0.1))
 
 
 def test_an_early_first_token_gives_time_to_those_that_follow() -> None:

@@ -72,6 +72,11 @@ def test_headers_say_what_was_predicted_and_nothing_where_nothing_was() -> None:
 @pytest.fixture(scope="module", params=["deadline", "fcfs"])
 def served(request: pytest.FixtureRequest) -> Any:
     with RunningServer(policy=request.param, service={"ttft_s": 30.0}) as running:
+        # Nothing is predicted before some steps have been seen.
+        body = {"model": "base", "prompt": "hello", "max_tokens": 32, "ignore_eos": True}
+        first = running.client.post("/v1/completions", json=body)
+        assert first.status_code == 200, first.text
+        assert "X-Predicted-TTFT-Ms" not in first.headers
         yield running
 
 
