@@ -98,6 +98,11 @@ def test_the_question_is_answered_by_the_asked_rate_itself(rate: float, answer: 
     assert next(iter(verdict(plan))).startswith(answer)
 
 
+def test_the_run_that_answers_the_question_is_the_search_s_first():
+    plan = search(trace(), SLO, [Layout(machine=machine())], rate=2.0, seconds=1e9, traffic_s=4.0)
+    assert plan.num_trials == len(plan.candidates[0].curve)
+
+
 def test_enough_groups_serve_the_rate_and_one_fewer_does_not():
     plan = search(trace(), SLO, [Layout(machine=machine())], rate=100.0, seconds=1e9, traffic_s=4.0)
     assert plan.best is not None
