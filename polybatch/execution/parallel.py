@@ -90,6 +90,7 @@ class ParallelExecutor(ShardedExecutor):
             interpret.prepare()
         report = settings.pop("progress", None) or (lambda what, done, total: None)
         self._team = team = Team(size)
+        self._group: RankGroup | None = None
         try:
             with team.watch():
                 for rank in range(1, size):
@@ -115,7 +116,7 @@ class ParallelExecutor(ShardedExecutor):
                 team.enter(ms.FOLLOWING)
                 team.started()
         except BaseException:
-            team.close()
+            self._leave()
             raise
 
     @property
@@ -152,10 +153,15 @@ class ParallelExecutor(ShardedExecutor):
     def close(self) -> None:
         if self._team.failure is None:
             super().close()
-        self._team.close()
-        # Graphs go before what they send over.
+        self._leave()
+
+    def _leave(self) -> None:
+        """End the other ranks, then what is shared with them. Graphs go before what they send over."""
         self._graphs = None
-        self._group.abort()
+        self._team.stop()
+        if self._group is not None:
+            self._group.close()
+        self._team.close()
 
     def _wait(self, event: torch.cuda.Event | None) -> None:
         """Wait for an event, None for all that was launched, or for the failure of a rank."""

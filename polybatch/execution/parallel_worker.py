@@ -54,6 +54,10 @@ class Follower(ShardedExecutor):
         self._row_shapes = rows.linear_shapes
         return super()._make_adapters(rows, dtype)
 
+    def close(self) -> None:
+        super().close()
+        self._ranks.close()
+
     @torch.no_grad()
     def follow(self, message: ms.ToRank) -> None:
         """Do what rank 0 did. Raises EngineError for what no rank 0 of this configuration says."""
@@ -170,10 +174,15 @@ def serve(sock: socket.socket) -> int:
     try:
         follower = load(start, sock)
         while True:
-            message = ms.receive_to_rank(sock)
-            if message is None or isinstance(message, ms.Shutdown):
-                return 0
-            follower.follow(message)
+            match message := ms.receive_to_rank(sock):
+                case None:
+                    # What is left may wait for rank 0 on the GPU.
+                    os._exit(0)
+                case ms.Shutdown():
+                    follower.close()
+                    return 0
+                case _:
+                    follower.follow(message)
     except Exception as error:
         # Whatever it is, rank 0 must hear of it.
         logger.debug("this rank ends", exc_info=True)

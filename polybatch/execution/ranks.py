@@ -52,6 +52,9 @@ class Ranks:
     def broadcast(self, x: torch.Tensor) -> None:
         """Give every rank the x of rank 0."""
 
+    def close(self) -> None:
+        """Leave the others."""
+
     def columns(self, width: int) -> slice:
         """This rank's share of a whole axis."""
         share = width // self.size
@@ -85,7 +88,8 @@ class RankGroup(Ranks):
 
     def __init__(self, group: Any, rank: int, size: int, *, can_abort: bool) -> None:
         self.rank, self.size = rank, size
-        self._group, self._can_abort = group, can_abort
+        self._group: Any = group
+        self._can_abort = can_abort
         self._sum = dist.AllreduceOptions()
         self._from_first = dist.BroadcastOptions()
         self._from_first.rootRank = 0
@@ -102,8 +106,17 @@ class RankGroup(Ranks):
 
     def abort(self) -> None:
         """Give up whatever waits for other ranks on a GPU. Between processes a lost one shows by itself."""
-        if self._can_abort:
+        if self._can_abort and self._group is not None:
             self._group.abort()
+
+    def close(self) -> None:
+        """Leave the others, with whatever is left of an exchange; graphs that hold one must be gone.
+
+        Idempotent. The file over which the ranks met must still be there: the library's threads look into it
+        while they end, and wait minutes for one that is not.
+        """
+        self.abort()
+        self._group = None
 
 
 def _finish(work: Any) -> None:

@@ -182,6 +182,11 @@ class Team:
         self.check()
 
     def close(self) -> None:
+        """End all processes and forget where they met. Idempotent."""
+        self.stop()
+        self._folder.cleanup()
+
+    def stop(self) -> None:
         """End all processes. Idempotent."""
         with self._changed:
             if self._is_closing:
@@ -202,7 +207,6 @@ class Team:
             with contextlib.suppress(OSError):
                 worker.sock.shutdown(socket.SHUT_RDWR)
             worker.sock.close()
-        self._folder.cleanup()
 
     def _listen(self, worker: _Worker) -> None:
         """Thread: what a worker says, until it ends."""

@@ -226,11 +226,14 @@ def test_a_dead_rank_is_named_and_nothing_hangs(tmp_path):
     assert worker.process.returncode == -signal.SIGKILL
 
 
-def test_closing_ends_every_process(tmp_path):
+def test_closing_ends_every_process(tmp_path, monkeypatch):
     pair = Pair(tmp_path, "llama", num_hidden_layers=1)
     folder = os.path.dirname(pair.two._team.store)
     assert os.stat(folder).st_mode & 0o777 == 0o700
+    leave, found = pair.two._group.close, []
+    monkeypatch.setattr(pair.two._group, "close", lambda: [found.append(os.path.exists(folder)), leave()])
     pair.close()
+    assert found == [True], "the group of ranks ends before the folder over which they met"
     assert [worker.process.returncode for worker in pair.two._team._workers] == [0]
     assert not os.path.exists(folder)
 
