@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 MIN_PREFILL_TOKENS = 32
 """Prefill tokens a step keeps room for however many sequences decode, so that prompts never starve."""
 
+FEW_TOKENS = 8
+"""Where decodes would be late beside so much, and would not beside less, prefill is a multiple of this."""
+
 MARGIN = 1.2
 """Predicted times count so many times, for they are wrong by up to a fifth."""
 
@@ -69,7 +72,7 @@ class PrefillBudget:
         self._timer = None if costs is None else StepTime(costs, arena.page_size)
 
     def tokens(self, step: StepSoFar) -> int:
-        """Prefill tokens of a step: what fits, yet never less than a minimal chunk."""
+        """Prefill tokens of a step: what fits; a minimal chunk where decodes are late whatever it holds."""
         most = max(self._limit - len(step.draft.chunks), self._floor)
         timer = self._timer
         if timer is None or not (step.num_due or self._target_s or step.limit_s < inf):
@@ -89,7 +92,9 @@ class PrefillBudget:
         if self._arena.num_available < PRESSED_SHARE * self._arena.pool.num_pages:
             most = max(self._floor, min(most, PRESSED_TOKENS))
         if least_s > limit_s:
-            return self._floor
+            fewer = range(self._floor - FEW_TOKENS, 0, -FEW_TOKENS)
+            fitting = (n for n in fewer if timer.with_prefill(base, parts, n, known) <= limit_s)
+            return next(fitting, self._floor)
         return max(self._floor, timer.max_prefill(base, parts, limit_s, most, known))
 
 

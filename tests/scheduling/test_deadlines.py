@@ -15,7 +15,7 @@ from polybatch.config import SchedulerConfig, ServiceLevels
 from polybatch.errors import DeadlineError
 from polybatch.request import Deadlines, Request, Sequence, SequenceStatus, WorkflowStage
 from polybatch.scheduling.adapter_clusters import MAX_PASSED
-from polybatch.scheduling.budget import MARGIN, MIN_PREFILL_TOKENS
+from polybatch.scheduling.budget import FEW_TOKENS, MARGIN, MIN_PREFILL_TOKENS
 from polybatch.scheduling.costs import CostModel, StepCosts, StepShape, shape_of
 from polybatch.scheduling.deadlines import Attainment, attainment_of, due_of
 from polybatch.scheduling.online_cost import MIN_FITTED, OnlineCost
@@ -58,8 +58,18 @@ def test_no_step_beside_live_decodes_takes_longer_than_the_target(
         driver.step()
         plan = driver.plans[-1]
         assert set(live) <= {chunk.seq for chunk in plan.chunks}
-        smallest = plan.num_tokens <= len(live) + MIN_PREFILL_TOKENS
-        assert seconds(plan) <= target_s / MARGIN + 1e-9 or smallest
+        assert seconds(plan) <= target_s / MARGIN + 1e-9
+
+
+def test_a_target_that_leaves_no_room_for_a_minimal_chunk_is_kept_with_less_if_less_can_keep_it() -> None:
+    sizes = {}
+    for target_s in (0.024, 0.012):
+        driver = driver_of(service=ServiceLevels(target_tbt_s=target_s))
+        decoding(driver, "d", 200)
+        driver.add(request_of("long", 700, 2))
+        driver.step()
+        sizes[target_s] = driver.plans[-1].num_tokens - 1
+    assert sizes == {0.024: 2 * FEW_TOKENS, 0.012: MIN_PREFILL_TOKENS}
 
 
 def test_prefill_is_as_large_as_the_tightest_pace_allows() -> None:
