@@ -1,10 +1,11 @@
-"""The executor for CUDA: Triton kernels around cuBLAS products, decode steps as captured graphs.
+"""The executor for CUDA: Triton kernels around cuBLAS products, steps as captured graphs.
 
-A decode step replays the graph of the next larger number of rows; mixed steps are launched kernel by
-kernel. `launch` leaves the sampled tokens on the device, where the next step's embedding finds them, and
-copies them to pinned memory for whoever asks later. Everything is on one stream, in the order of the calls,
-but for adapter loads. After the constructor no step allocates device memory, except for adapters that change
-the vocabulary layers, whose tables are brought over when used, and for rows that the host samples.
+A step replays the graph of the next larger number of rows; only large mixed steps, whose kernels take
+longer than their launches, are launched kernel by kernel. `launch` leaves the sampled tokens on the device,
+where the next step's embedding finds them, and copies them to pinned memory for whoever asks later.
+Everything is on one stream, in the order of the calls, but for adapter loads. After the constructor no step
+allocates device memory, except for adapters that change the vocabulary layers, whose tables are brought
+over when used, and for rows that the host samples.
 
 On `device="cpu"` the same code runs in Triton's interpreter, for tests.
 """
@@ -16,6 +17,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 
 import torch
 
@@ -23,8 +25,15 @@ from polybatch.adapters.weights import AdapterWeights
 from polybatch.config import CUDA_DTYPES, ModelSpec, PoolSpec
 from polybatch.errors import ConfigError, EngineError
 from polybatch.execution.cuda_adapters import CudaAdapters
-from polybatch.execution.cuda_graphs import GraphLadder, Variant
-from polybatch.execution.cuda_model import DeviceWeights, Workspace, run_layers
+from polybatch.execution.cuda_graphs import (
+    DECODE_VARIANTS,
+    MIXED_VARIANTS,
+    GraphLadder,
+    Variant,
+    ladder,
+    mixed_ladder,
+)
+from polybatch.execution.cuda_model import DeviceWeights, Workspace, run_head, run_layers
 from polybatch.execution.cuda_stage import Filled, Rescale, Shared, Stage, StageOperations
 from polybatch.execution.cuda_step import Array, Int64s, PageTable, lay_out
 from polybatch.execution.page_memory import TORCH_DTYPES, PageMemory, page_bytes
@@ -34,7 +43,13 @@ from polybatch.execution.vocabulary import patch_logits
 from polybatch.kernels import sample
 from polybatch.kernels.linear.cuda import LinearWorkspace, pack
 from polybatch.kernels.lora.cuda import CudaLora
-from polybatch.kernels.lora.work import GRAPH_PLAN, LoraPlan, common_mixed_plans, group_shapes
+from polybatch.kernels.lora.work import (
+    GRAPH_PLAN,
+    LoraPlan,
+    common_mixed_plans,
+    group_shapes,
+    mixed_graph_plan,
+)
 from polybatch.kernels.ragged_attention.cuda import choose_tiles
 from polybatch.kernels.ragged_attention.work import Heads, Work
 from polybatch.kernels.sample.cuda import DeviceSampler, SampleParams
@@ -65,7 +80,7 @@ class CudaExecutor:
         quantised in the same kind is taken as it is stored where the kernels can (`stored_product`).
     max_num_tokens, max_num_seqs: of a step; max_num_logits: rows of logits, max_num_seqs by default, more
         where prompts are scored. max_model_len: tokens of a sequence.
-    graphs: capture decode steps. progress: told what start-up does, how much of it is done, of how much.
+    graphs: capture steps. progress: told what start-up does, how much of it is done, of how much.
     ranks: the GPUs of which this is one, where the weights are only its part; see `parallel`.
     Raises ConfigError for a setting that cannot work.
     """
@@ -153,7 +168,9 @@ class CudaExecutor:
         self._num_launches = 0
         self._may_truncate = False
         self._sampled_at: dict[Sequence, int] = {}
+        # Of decode steps and of mixed ones.
         self._graphs: GraphLadder | None = None
+        self._mixed_graphs: GraphLadder | None = None
         self.startup_s = {"weights": loaded - began}
         """Seconds that start-up took, by phase."""
         if self._is_cuda:
@@ -163,8 +180,13 @@ class CudaExecutor:
         self.startup_s["kernels"] = (compiled := time.perf_counter()) - loaded
         if graphs and self._is_cuda:
             self._graphs = GraphLadder(
-                max_num_seqs, self._run_rows, where, lambda done, total: report("graphs", done, total)
-            )
+                ladder(max_num_seqs), DECODE_VARIANTS, self._run_decode, where,
+                lambda done, total: report("graphs", done, total),
+            )  # fmt: skip
+            self._mixed_graphs = GraphLadder(
+                mixed_ladder(max_num_tokens), MIXED_VARIANTS, self._run_mixed, where,
+                lambda done, total: report("graphs of mixed steps", done, total),
+            )  # fmt: skip
         self.startup_s["graphs"] = time.perf_counter() - compiled
 
     @property
@@ -179,6 +201,11 @@ class CudaExecutor:
     def graph_sizes(self) -> tuple[int, ...]:
         """Numbers of rows that decode steps are padded to, ascending; empty where nothing is captured."""
         return () if self._graphs is None else tuple(self._graphs.sizes)
+
+    @property
+    def mixed_graph_sizes(self) -> tuple[int, ...]:
+        """As `graph_sizes`, of mixed steps; larger ones are not padded."""
+        return () if self._mixed_graphs is None else tuple(self._mixed_graphs.sizes)
 
     @property
     def arena(self) -> torch.Tensor:
@@ -245,14 +272,16 @@ class CudaExecutor:
             return self._mixed, self._space.logits[:0]
         layout = lay_out(plan, self._table)
         self._check(layout.num_tokens, len(layout.chunks), int(layout.kv_lens.max()), len(layout.logit_rows))
-        num_rows, size = layout.num_tokens, None
-        stage = self._decode if layout.is_decode else self._mixed
-        if layout.is_decode and self._graphs is not None:
-            size = self._graphs.size_for(num_rows)
-        filled = stage.fill(layout, plan.resident, self._sampled_at, size or num_rows)
+        stage, graphs, graph_plan = self._mixed, self._mixed_graphs, None
+        if layout.is_decode:
+            stage, graphs = self._decode, self._graphs
+        size = None if graphs is None else graphs.size_for(layout.num_tokens)
+        if size is not None:
+            graph_plan = self._graph_plan(size, layout.is_decode)
+        filled = stage.fill(layout, plan.resident, self._sampled_at, size or layout.num_tokens, graph_plan)
         filled.hosts = [_with_vocabulary(adapters.get(digest)) for digest in layout.digests]
         filled.rescale = self._rescale(layout.digests, layout.segments.tolist())
-        if size is not None and not self._fits_graph(filled, size):
+        if graph_plan is not None and not self._fits_graph(filled, graph_plan):
             size = None
         if states is not None:
             positions = [len(state.seq.tokens) for state in states]
@@ -263,35 +292,59 @@ class CudaExecutor:
         self._table.send(*changes)
         if self._is_cuda:
             self._adapters.wait(layout.digests)
-        if size is not None and self._graphs is not None:
-            self._graphs.replay(size, variant_of(filled))
+        if size is None or graphs is None:
+            return stage, self._run_eager(stage, filled)
+        graphs.replay(size, variant_of(filled))
+        if layout.is_decode:
             return stage, self._space.logits[: len(layout.logit_rows)]
-        return stage, self._run_eager(stage, filled)
+        return stage, self._head(stage, filled, self._operations(stage, filled))
 
-    def _run_eager(self, stage: Stage, filled: Filled) -> torch.Tensor:
-        """Launch the layers' kernels one by one."""
-        layout = filled.layout
-        operations = StageOperations(
+    def _operations(self, stage: Stage, filled: Filled) -> StageOperations:
+        return StageOperations(
             stage, filled.num_rows, lora=filled.lora, works=filled.attention,
             patched=filled if filled.changes_vocabulary else None, rescale=filled.rescale,
         )  # fmt: skip
-        rows = stage.fields.on["logit_rows"][: len(layout.logit_rows)]
-        logits = run_layers(self._weights, self._space, operations, rows, filled.num_rows)
+
+    def _head(self, stage: Stage, filled: Filled, operations: StageOperations) -> torch.Tensor:
+        rows = stage.fields.on["logit_rows"][: len(filled.layout.logit_rows)]
+        logits = run_head(self._weights, self._space, operations, rows, filled.num_rows)
         if filled.changes_vocabulary:
             last = self._space.last[: len(rows)]
-            patch_logits(logits, last, rows, layout.segments.tolist(), filled.hosts)
+            patch_logits(logits, last, rows, filled.layout.segments.tolist(), filled.hosts)
         return logits
 
-    def _run_rows(self, num_rows: int, variant: Variant) -> None:
-        """What a graph captures: the layers over the first rows of the decode stage's arrays."""
-        stage, ranks = self._decode, self._ranks
-        plan = LoraPlan(num_h=(ranks.h_capacity(num_rows, MAX_H),))
-        operations = StageOperations(
+    def _run_eager(self, stage: Stage, filled: Filled) -> torch.Tensor:
+        """Launch the layers' kernels one by one."""
+        operations = self._operations(stage, filled)
+        run_layers(self._weights, self._space, operations, filled.num_rows)
+        return self._head(stage, filled, operations)
+
+    def _run_decode(self, num_rows: int, variant: Variant) -> None:
+        """What the graph of a decode step captures: all of it, over the first rows of the stage's arrays."""
+        operations = self._graph_operations(self._decode, num_rows, variant)
+        count = num_rows if self._ranks.rank == 0 else 0
+        rows = self._decode.fields.on["logit_rows"][:count]
+        run_layers(self._weights, self._space, operations, num_rows)
+        run_head(self._weights, self._space, operations, rows, num_rows)
+
+    def _run_mixed(self, num_rows: int, variant: Variant) -> None:
+        """What the graph of a mixed step captures: the layers. How many logits follow differs by step."""
+        operations = self._graph_operations(self._mixed, num_rows, variant)
+        run_layers(self._weights, self._space, operations, num_rows)
+
+    def _graph_operations(self, stage: Stage, num_rows: int, variant: Variant) -> StageOperations:
+        plan = self._graph_plan(num_rows, stage is self._decode)
+        return StageOperations(
             stage, num_rows, lora=plan if Variant.ADAPTED in variant else None,
-            limits=stage.limits_for(num_rows, num_rows), has_wide=Variant.SHARED in variant,
+            limits=stage.limits_for(num_rows, min(num_rows, self._limits[1])),
+            has_wide=Variant.SHARED in variant,
         )  # fmt: skip
-        rows = stage.fields.on["logit_rows"][: num_rows if ranks.rank == 0 else 0]
-        run_layers(self._weights, self._space, operations, rows, num_rows)
+
+    def _graph_plan(self, num_rows: int, is_decode: bool) -> LoraPlan:
+        """What the graph of so many rows launches for adapters."""
+        # Parts travel between GPUs.
+        plan = GRAPH_PLAN if is_decode else mixed_graph_plan(num_rows, 0 if self._ranks.size == 1 else 1)
+        return replace(plan, num_h=(self._ranks.h_capacity(num_rows, MAX_H),))
 
     @torch.no_grad()
     def _warm_up(self) -> None:
@@ -304,7 +357,8 @@ class CudaExecutor:
         for narrow, wide in ((1, 0), (0, 1), (1, 1)):
             works = {window: Work(narrow, wide, num_partials=0) for window in stage.windows}
             operations = StageOperations(stage, num_rows, lora=None, works=works)
-            logits = run_layers(self._weights, self._space, operations, rows, num_rows)
+            run_layers(self._weights, self._space, operations, num_rows)
+            logits = run_head(self._weights, self._space, operations, rows, num_rows)
             if is_first:
                 params = SampleParams(*(stage.fields.on[name] for name in sample.arrays(0)))
                 self._sampler.sample(logits, params, self._shared.sampled, self._finite)
@@ -312,15 +366,16 @@ class CudaExecutor:
             with self._shared.lora.rehearsal(os.cpu_count() or 1):
                 for plan in common_mixed_plans():
                     operations = StageOperations(stage, num_rows, lora=plan, works=works)
-                    run_layers(self._weights, self._space, operations, rows, num_rows)
+                    run_layers(self._weights, self._space, operations, num_rows)
+                    run_head(self._weights, self._space, operations, rows, num_rows)
 
-    def _fits_graph(self, filled: Filled, size: int) -> bool:
-        """Whether a graph of this size launches all that the step needs."""
+    def _fits_graph(self, filled: Filled, launched: LoraPlan) -> bool:
+        """Whether a graph that launches this for adapters launches all that the step needs."""
         if filled.changes_vocabulary or filled.rescale is not None:
             return False
         if filled.lora is None or self._ranks.size == 1:
-            return filled.lora is None or filled.lora == GRAPH_PLAN
-        return filled.lora == GRAPH_PLAN and filled.lora.num_h[0] <= self._ranks.h_capacity(size, MAX_H)
+            return filled.lora is None or launched.holds(filled.lora)
+        return launched.holds(filled.lora) and filled.lora.num_h[0] <= launched.num_h[0]
 
     # What differs where several GPUs run a step together; see `parallel`.
 
@@ -354,8 +409,10 @@ class CudaExecutor:
         name = torch.cuda.get_device_name(self._device) if self._is_cuda else "Triton's interpreter"
         graphs = "none: every step is launched kernel by kernel"
         if self._graphs is not None:
-            sizes = self._graphs.sizes
+            sizes, mixed = self.graph_sizes, self.mixed_graph_sizes
             graphs = f"decode steps of {len(sizes)} sizes up to {sizes[-1]} rows"
+            if mixed:
+                graphs += f", mixed ones of {len(mixed)} up to {mixed[-1]}"
         return {
             "executor": f"Triton kernels and cuBLAS on {name}",
             "linear": f"{self._quantization or self._dtype} weights, {self._dtype} activations",
@@ -370,7 +427,7 @@ class CudaExecutor:
         """Wait for the device and give its memory back."""
         if self._is_cuda:
             torch.cuda.synchronize(self._device)
-        self._graphs = None
+        self._graphs = self._mixed_graphs = None
         for name in ("_shared", "_mixed", "_decode", "_space", "_weights", "_adapters", "_sampler", "memory"):
             self.__dict__.pop(name, None)
         if self._is_cuda:
@@ -400,5 +457,7 @@ def _with_vocabulary(weights: AdapterWeights | None) -> AdapterWeights | None:
 
 
 def variant_of(filled: Filled) -> Variant:
-    shared = Variant.SHARED if filled.has_wide else Variant.PLAIN
+    """What the graph must launch; those of mixed steps always launch wide items."""
+    is_wide = filled.has_wide or not filled.layout.is_decode
+    shared = Variant.SHARED if is_wide else Variant.PLAIN
     return shared if filled.lora is None else shared | Variant.ADAPTED

@@ -1,15 +1,17 @@
-"""Captured decode steps: a ladder of numbers of rows, each in a few variants.
+"""Captured steps: a ladder of numbers of rows, each in a few variants, for decode and for mixed steps.
 
-One graph serves any set of adapters, contexts and prefixes, because its kernels read their work from device
-memory. A step takes the smallest graph that holds its rows; the rows left over write nothing. Products of up
-to some 256 rows are bound by their weights' bytes, so a wide ladder costs little.
+One graph serves any set of chunks, adapters, contexts and prefixes, because its kernels read their work from
+device memory. A step takes the smallest graph that holds its rows; the rows left over write nothing. Products
+of up to some 256 rows are bound by their weights' bytes, so a wide ladder costs little; beyond, rungs are
+128 rows apart, which is what matrix products round up to anyway. Steps of more than MAX_MIXED_ROWS keep the
+device busy for longer than the host takes to launch them.
 """
 
 from __future__ import annotations
 
 import enum
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -21,9 +23,11 @@ class Variant(enum.Flag):
     ADAPTED = 1
     SHARED = 2
 
-    @classmethod
-    def all(cls) -> tuple[Variant, ...]:
-        return cls.PLAIN, cls.ADAPTED, cls.SHARED, cls.ADAPTED | cls.SHARED
+
+DECODE_VARIANTS = (Variant.PLAIN, Variant.ADAPTED, Variant.SHARED, Variant.ADAPTED | Variant.SHARED)
+# Mixed steps always launch what shared prefixes need: it is what long chunks need.
+MIXED_VARIANTS = (Variant.SHARED, Variant.ADAPTED | Variant.SHARED)
+MAX_MIXED_ROWS = 2048
 
 
 def ladder(max_rows: int) -> list[int]:
@@ -32,8 +36,16 @@ def ladder(max_rows: int) -> list[int]:
     return sorted(size for size in sizes if size <= max_rows)
 
 
+def mixed_ladder(max_rows: int) -> list[int]:
+    """As `ladder`, of mixed steps; empty where there are none."""
+    sizes = {16, 32, 64, 96, 128, *range(192, 513, 64), *range(640, MAX_MIXED_ROWS + 1, 128)}
+    if max_rows < MAX_MIXED_ROWS:
+        sizes.add(max_rows)
+    return sorted(size for size in sizes if 1 < size <= max_rows)
+
+
 class GraphLadder:
-    """Graphs of `run(rows, variant)` for every size of the ladder.
+    """Graphs of `run(rows, variant)` for every size, ascending, and every variant.
 
     run: launches a step of so many rows on the current stream.
     progress: told of graphs done and their number. Largest first, so that all share its memory.
@@ -41,16 +53,17 @@ class GraphLadder:
 
     def __init__(
         self,
-        max_rows: int,
+        sizes: list[int],
+        variants: Sequence[Variant],
         run: Callable[[int, Variant], None],
         device: torch.device,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        self.sizes = ladder(max_rows)
+        self.sizes = sizes
         self._graphs: dict[tuple[int, Variant], torch.cuda.CUDAGraph] = {}
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        todo = [(size, variant) for size in reversed(self.sizes) for variant in Variant.all()]
+        todo = [(size, variant) for size in reversed(sizes) for variant in variants]
         for done, (size, variant) in enumerate(todo, 1):
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):

@@ -206,13 +206,8 @@ class StepOperations(Protocol):
         ...
 
 
-def run_layers(
-    weights: DeviceWeights, space: Workspace, step: StepOperations, logit_rows: torch.Tensor, num_rows: int
-) -> torch.Tensor:
-    """One pass over the first num_rows rows of a step. Returns its logits, [L, vocab] float32, a view.
-
-    logit_rows: [L] int32, -1 for none: such a row's logits mean nothing.
-    """
+def run_layers(weights: DeviceWeights, space: Workspace, step: StepOperations, num_rows: int) -> None:
+    """One pass through all layers over the first num_rows rows of a step; `run_head` goes on from there."""
     residual, hidden = space.residual[:num_rows], space.hidden[:num_rows]
     qkv, attention = space.qkv[:num_rows], space.attention[:num_rows]
     gate_up, activated = space.gate_up[:num_rows], space.activated[:num_rows]
@@ -232,6 +227,16 @@ def run_layers(
         step.activate(index, gate_up, activated)
         step.product(index, "down", activated, hidden)
         _add_bias(hidden, layer.biases.get("down"))
+
+
+def run_head(
+    weights: DeviceWeights, space: Workspace, step: StepOperations, logit_rows: torch.Tensor, num_rows: int
+) -> torch.Tensor:
+    """The logits of a pass over num_rows rows, [L, vocab] float32, a view.
+
+    logit_rows: [L] int32, -1 for none: such a row's logits mean nothing.
+    """
+    residual, hidden = space.residual[:num_rows], space.hidden[:num_rows]
     count = len(logit_rows)
     last, logits = space.last[:count], space.logits[:count]
     step.add_norm(len(weights.layers) - 1, "down", hidden, residual, weights.final_norm, last, logit_rows)

@@ -134,9 +134,11 @@ class Stage:
         resident: Mapping[str, SequenceOf[int]],
         sampled_at: Mapping[Sequence, int],
         num_rows: int,
+        graph: lora_work.LoraPlan | None = None,
     ) -> Filled:
         """Write a laid-out plan into the arrays of the next `send`, for a step of num_rows rows.
 
+        graph: what the graph of a mixed step that is to run it launches for adapters.
         Raises EngineError where it exceeds a limit.
         """
         shared, views = self.shared, self.fields.open()
@@ -158,7 +160,7 @@ class Stage:
             templates = shared.adapters.templates
             filled.lora = lora_work.fill(
                 views, segments, templates, shared.lora.shapes, shared.max_h,
-                num_rows=num_rows, wide=self._wide,
+                num_rows=num_rows, wide=self._wide, graph=graph,
             )  # fmt: skip
         else:
             views["lora_bounds"][:1] = 0
@@ -186,7 +188,7 @@ class StageOperations:
     """A step's operations over a stage's arrays; see `StepOperations`.
 
     lora: what to launch for adapters, None for nothing. works: per window, which kinds of item attention
-    has, None for any.
+    has, None for any within limits.
     """
 
     def __init__(

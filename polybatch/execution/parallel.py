@@ -157,7 +157,7 @@ class ParallelExecutor(ShardedExecutor):
 
     def _leave(self) -> None:
         """End the other ranks, then what is shared with them. Graphs go before what they send over."""
-        self._graphs = None
+        self._graphs = self._mixed_graphs = None
         self._team.stop()
         if self._group is not None:
             self._group.close()

@@ -93,14 +93,15 @@ class Follower(ShardedExecutor):
             np.frombuffer(step.page_indices, np.int64), np.frombuffer(step.page_values, np.int32)
         )
         if step.graph is not None:
-            assert self._graphs is not None
-            self._graphs.replay(step.num_rows, Variant(step.graph))
+            graphs = self._graphs if step.is_decode else self._mixed_graphs
+            assert graphs is not None
+            graphs.replay(step.num_rows, Variant(step.graph))
             return
         operations = StageOperations(
             stage, step.num_rows, lora=step.lora, works=dict(step.attention),
             rescale=self._rescale(step.digests, step.segments),
         )  # fmt: skip
-        run_layers(self._weights, self._space, operations, stage.fields.on["logit_rows"][:0], step.num_rows)
+        run_layers(self._weights, self._space, operations, step.num_rows)
 
     def _keep(self, message: ms.Adapter) -> None:
         kind = self.memory.dtype

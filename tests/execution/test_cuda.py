@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from polybatch.engine.core import EngineCore
 from polybatch.errors import ConfigError
 from polybatch.execution import cuda_memory
 from polybatch.execution.cuda import CudaExecutor
-from polybatch.execution.cuda_graphs import ladder
+from polybatch.execution.cuda_graphs import MAX_MIXED_ROWS, Variant, ladder, mixed_ladder
 from polybatch.execution.cuda_step import PageTable
 from polybatch.execution.eager import EagerExecutor
 from polybatch.models.random_weights import open_random
@@ -49,6 +50,43 @@ def test_a_mixed_batch_of_adapters_and_phases_gives_the_reference_logits(weights
         seqs = [driver.add(p, a) for p, a in zip(prompts, adapters, strict=True)]
         # One prompt in chunks beside the others' whole ones, then single tokens of all.
         found.append(driver.run(seqs, [[8, 6, 8], [10, 1, 1]]))
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got.cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+class Replays:
+    """A ladder of graphs whose replays run what they would have captured."""
+
+    def __init__(self, sizes: list[int], run: Callable[[int, Variant], None]) -> None:
+        self.sizes, self._run = sizes, run
+        self.replayed: list[tuple[int, Variant]] = []
+
+    def size_for(self, num_rows: int) -> int | None:
+        return next((size for size in self.sizes if size >= num_rows), None)
+
+    def replay(self, size: int, variant: Variant) -> None:
+        self.replayed.append((size, variant))
+        self._run(size, variant)
+
+
+def test_what_graphs_capture_gives_the_reference_logits_of_any_step_that_fits(weights: HFWeights) -> None:
+    limits, every = LIMITS | {"max_num_tokens": 96}, dict.fromkeys(weights.spec.linear_shapes, 20)
+    adapters = [None, random_adapter(weights.spec, {"q_proj": 3, "gate_proj": 5}, seed=1, dense=True),
+                random_adapter(weights.spec, every, seed=2)]  # fmt: skip
+    prompts = [random_tokens(7, seed=1), random_tokens(8, seed=2), random_tokens(70, seed=3)]
+    graphed = cuda(weights, **limits, max_num_logits=96)
+    mixed = graphed._mixed_graphs = Replays([16, 72], graphed._run_mixed)
+    decode = graphed._graphs = Replays([2, 4], graphed._run_decode)
+    found = []
+    for executor in (EagerExecutor(weights, **limits), graphed):
+        driver = Driver(executor)
+        seqs = [driver.add(p, a) for p, a in zip(prompts, adapters, strict=True)]
+        # Narrow tiles alone; wide ones of a segment of 66; more rows than any graph has; decode.
+        found.append(driver.run(seqs, [[5, 4, 1], [1, 1, 66], [1, 1, 1]]))
+        found[-1] += driver.run([driver.add(random_tokens(75, seed=4))], [[75]])
+    assert [size for size, _ in mixed.replayed] == [16, 72, 16]
+    assert all(variant == Variant.ADAPTED | Variant.SHARED for _, variant in mixed.replayed)
+    assert decode.replayed == [(4, Variant.ADAPTED)]
     for expected, got in zip(*found, strict=True):
         torch.testing.assert_close(got.cpu(), expected, rtol=1e-4, atol=1e-4)
 
@@ -132,6 +170,9 @@ def test_the_ladder_ends_at_the_largest_step(max_rows: int) -> None:
     assert sizes == sorted(set(sizes))
     assert sizes[0] == 1
     assert sizes[-1] == max_rows
+    mixed = mixed_ladder(max_rows)
+    assert mixed == sorted(set(mixed))
+    assert mixed[-1:] == ([min(max_rows, MAX_MIXED_ROWS)] if max_rows > 1 else [])
 
 
 def test_a_gpu_too_small_for_the_model_is_refused_with_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,9 +70,11 @@ def rms_norm_tiles(
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, BLOCK_T: tl.constexpr,
     PIECES: tl.constexpr, BLOCK_R: tl.constexpr, IS_LONG: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Grid: PIECES of BLOCK_T tokens of each wide tile."""
+    """Grid: PIECES of BLOCK_T tokens of each wide tile, or more than there are."""
     kind = out.dtype.element_ty
     tile = tl.load(bounds + 2) + tl.program_id(0) // PIECES
+    if tile >= tl.load(bounds + 3):
+        return
     record = tiles + tile * TILE_STRIDE
     t = (tl.program_id(0) % PIECES) * BLOCK_T + tl.arange(0, BLOCK_T)
     is_token = t < tl.load(record + RECORD_NUM_TOKENS)

@@ -91,8 +91,10 @@ def silu_mul_tiles(
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, IS_LONG: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Grid: NUM_BLOCKS blocks of columns each, wide tiles."""
+    """Grid: NUM_BLOCKS blocks of columns each; wide tiles, or more than there are."""
     tile = tl.load(bounds + 2) + tl.program_id(1)
+    if tile >= tl.load(bounds + 3):
+        return
     first = tl.load(tiles + tile * TILE_STRIDE + RECORD_FIRST)
     _tile(gate_up, stride, out, out_stride, first, tile, tl.program_id(0) * NUM_BLOCKS,
           (tiles, h, memory, words, layer),

@@ -110,8 +110,10 @@ def write_kv_tiles(
     HEADS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, IS_LONG: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Grid: blocks of HEADS heads of q, of k and of v, wide tiles."""
+    """Grid: blocks of HEADS heads of q, of k and of v; wide tiles, or more than there are."""
     tile = tl.load(bounds + 2) + tl.program_id(1)
+    if tile >= tl.load(bounds + 3):
+        return
     first = tl.load(tiles + tile * TILE_STRIDE + RECORD_FIRST)
     _tile(tl.program_id(0), 0, first, tile, (tiles, h, memory, words, layer), qkv, qkv_stride, positions,
           slots, table, pages, page_stride, bias, q_norm, k_norm, eps,

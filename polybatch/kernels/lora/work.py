@@ -155,8 +155,26 @@ class LoraPlan:
         return len(self.rounds) == 1
 
 
-# What a CUDA graph launches, whatever the step: narrow tiles in one round.
+    def holds(self, step: LoraPlan) -> bool:
+        """Whether a graph that launches this runs a step that `fill` made for it."""
+        return len(step.rounds) == 1 and step.num_wide <= self.num_wide
+
+
+# What the graph of a decode step launches, whatever the step: narrow tiles in one round.
 GRAPH_PLAN = LoraPlan()
+
+
+def mixed_graph_plan(num_rows: int, num_parts: int = 0) -> LoraPlan:
+    """What the graph of a mixed step launches: room for every wide tile of so many rows, of any rank.
+
+    num_parts: of h in wide tiles; 0 for as many as fill the GPU.
+    """
+    # A segment has WIDE_TOKENS or more, and at most one tile that is not full.
+    num_wide = num_rows // WIDE_TOKENS + num_rows // BLOCK_TOKENS[WIDE]
+    if not num_wide:
+        return GRAPH_PLAN
+    parts = num_parts or min(max(ENOUGH_PROGRAMS * BLOCK_TOKENS[WIDE] // num_rows, 1), MAX_WIDE_PARTS)
+    return LoraPlan(((True, True),), parts, (MAX_WIDE_RANK,) * len(GROUPS), is_long=True, num_wide=num_wide)
 
 
 def common_mixed_plans() -> list[LoraPlan]:
@@ -191,14 +209,16 @@ def fill(
     *,
     num_rows: int,
     wide: bool,
+    graph: LoraPlan | None = None,
 ) -> LoraPlan:
     """Write a step's tiles, items and their bounds, and each row's place.
 
     views: arrays as `arrays` names them. segments: [G, 3], rows (first token, last token + 1, index into
         templates), disjoint. templates: [N, groups, TILE_FIELDS], from `CudaAdapters.place`.
     num_rows: of the step, with those that only fill up a graph.
-    wide: whether wide tiles may be launched. A step fits a graph if the result equals GRAPH_PLAN, as it does
-        without wide tiles where h fits in one round.
+    wide: whether wide tiles may be launched. Without them a step fits GRAPH_PLAN where h fits in one round.
+    graph: of a mixed step, what a graph launches that is to run it, if it `holds` the result, as it nearly
+        always does; None where kernels will be launched as the result says.
     Raises EngineError where a capacity is exceeded.
     """
     rows = views["lora_rows"]
@@ -214,6 +234,7 @@ def fill(
         _fill_units(views["lora_units"], rows[TILE], starts := np.zeros(0, np.int64), starts, 0, num_rows)
         return GRAPH_PLAN
     starts, stops = segments[:, 0], segments[:, 1]
+    wide = wide and (graph is None or graph.num_wide > 0)
     is_wide = (stops - starts >= WIDE_TOKENS) & wide
     has_wide = bool(is_wide.any())
     if has_wide:
@@ -224,12 +245,15 @@ def fill(
     ranks = template[:, :, RANK].astype(np.int64)
     narrow_parts = np.array([shape.narrow_parts for shape in shapes])
     wide_parts, wide_ranks = 1, GRAPH_PLAN.wide_ranks
-    if has_wide:
+    if has_wide and graph is not None:
+        wide_parts, wide_ranks = graph.wide_parts, graph.wide_ranks
+    elif has_wide:
         largest = ranks[is_wide].max(axis=0)
         wide_ranks = tuple(
             1 << (min(max(rank, BLOCK_RANK), MAX_WIDE_RANK) - 1).bit_length() for rank in largest.tolist()
         )
         wide_parts = _wide_parts(lengths[is_wide], ranks[is_wide], max_h)
+    if has_wide:
         parts = np.where(is_wide[:, None], wide_parts, narrow_parts)
     else:
         parts = narrow_parts
@@ -272,7 +296,7 @@ def fill(
     block_rank = np.where(is_wide[:, None], wide_ranks, BLOCK_RANK) if has_wide else BLOCK_RANK
     _fill_items(views, ranks, block_rank, edges, num_narrow)
     num_base = int(first.min())
-    if not wide or num_base < MIN_BASE_ROWS:
+    if graph is not None or not wide or num_base < MIN_BASE_ROWS:
         num_base = 0
     _fill_rows(rows, first, num_tokens, num_narrow)
     num_units = _fill_units(
@@ -398,4 +422,5 @@ __all__ = [
     "common_mixed_plans",
     "fill",
     "group_shapes",
+    "mixed_graph_plan",
 ]
