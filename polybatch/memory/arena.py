@@ -59,6 +59,8 @@ class Arena:
         if self.pool.num_free < n:
             if self.num_available_beside(protected) < n:
                 return None
+            if self.adapters.num_evictable == 0:
+                self.tree.evict(n - self.pool.num_free)
             while self.pool.num_free < n:
                 self._evict_oldest(protected)
         self._spare_reserve(n)

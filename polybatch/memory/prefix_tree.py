@@ -199,13 +199,14 @@ class PrefixTree:
                 return time
         return None
 
-    def evict(self) -> bool:
-        """Free the least recently used page that only the tree holds; False if there is none."""
-        if self.oldest() is None:
-            return False
-        node = heapq.heappop(self._evictable)[2]
-        node.is_queued = False
-        self._detach(node)
+    def evict(self, n: int = 1) -> bool:
+        """Free the `n` least recently used pages that only the tree holds; False if there are fewer."""
+        for _ in range(n):
+            if self.oldest() is None:
+                return False
+            node = heapq.heappop(self._evictable)[2]
+            node.is_queued = False
+            self._detach(node)
         return True
 
     def drop(self, namespace: str) -> None:

@@ -24,10 +24,12 @@ class PlanDraft:
 
     copy_sources: pages that copies of this plan read, held until the plan is complete: loads of the same plan
     are carried out before the copies and must not land in them. num_scored: prompt tokens with logits.
+    num_decodes: as in `StepPlan`.
     """
 
     now: float = 0.0
     chunks: list[Chunk] = field(default_factory=list)
+    num_decodes: int = 0
     copies: list[PageCopy] = field(default_factory=list)
     loads: list[AdapterLoad] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
@@ -162,6 +164,22 @@ class Admission:
             return False
         seq.pages.extend(pages)
         track.capacity = len(seq.pages) * self._arena.page_size
+        return True
+
+    def grow_each(self, tracks: Collection[Track]) -> bool:
+        """Give each of these running sequences a page for its newest token, all at once.
+
+        False, with nothing changed, without room, or if one page is not what each of them lacks.
+        """
+        if any(len(track.seq.tokens) != track.capacity + 1 for track in tracks):
+            return False
+        pages = self._arena.allocate(len(tracks))
+        if pages is None:
+            return False
+        page_size = self._arena.page_size
+        for track, page in zip(tracks, pages, strict=True):
+            track.seq.pages.append(page)
+            track.capacity += page_size
         return True
 
     def vacate(self, track: Track, *, keep: bool, num_kept: int | None = None) -> None:

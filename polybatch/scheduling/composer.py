@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import islice
 from math import inf
+from operator import attrgetter
 
 from polybatch.config import SchedulerConfig
 from polybatch.errors import EngineError
@@ -24,10 +25,12 @@ from polybatch.scheduling.budget import StepSoFar
 from polybatch.scheduling.costs import StepCosts
 from polybatch.scheduling.live_tracks import LiveTracks
 from polybatch.scheduling.making_way import make_way
-from polybatch.scheduling.plan import Chunk, LogitRows, StepPlan
+from polybatch.scheduling.plan import Chunk, LogitRows, StepPlan, decode_chunks
 from polybatch.scheduling.policies import Policy
 from polybatch.scheduling.row_slack import RowSlack
 from polybatch.scheduling.track import Track
+
+_KEY, _SEQ = attrgetter("key"), attrgetter("seq")
 
 MAX_HELD = 64
 """Waiting sequences passed over per step because a running one computes their prefix."""
@@ -76,6 +79,7 @@ class Composer:
             self._arena.tree.release(draft.copy_sources)
         return StepPlan(
             chunks=tuple(draft.chunks),
+            num_decodes=draft.num_decodes,
             copies=tuple(draft.copies),
             loads=tuple(draft.loads),
             resident=draft.resident,
@@ -89,7 +93,7 @@ class Composer:
         if self._slack is not None and tracks.num_rows:
             self._plan_beside_rows(self._slack, draft, num_made_way)
             return
-        prefills = self._plan_decodes(tracks.running, draft)
+        prefills = self._plan_all_decodes(draft)
         if prefills or len(tracks.waiting):
             self._plan_prefill_work(prefills, draft, num_made_way, is_live_waiting=is_live_waiting)
 
@@ -134,6 +138,20 @@ class Composer:
         if len(draft.preempted) == num_made_way:
             budget = self._plan_admissions(budget, draft, is_live_only=is_live_waiting)
         self._plan_prefills(late, budget, draft)
+
+    def _plan_all_decodes(self, draft: PlanDraft) -> list[Track]:
+        """Begin a step with a token for each sequence that decodes; returns those that prefill, in order."""
+        tracks = self._tracks
+        if tracks.short:
+            self._grow_all(draft)
+        decoding = tracks.decoding
+        draft.chunks.extend(decode_chunks(list(map(_SEQ, decoding))))
+        draft.num_decodes = len(decoding)
+        if tracks.num_adapted:
+            for track in decoding:
+                if track.adapter is not None:
+                    draft.resident[track.adapter.ref.digest] = track.adapter.pages
+        return list(tracks.prefilling)
 
     def _plan_decodes(self, running: Iterable[Track], draft: PlanDraft) -> list[Track]:
         """Plan one token for each of these that decodes; returns those that prefill, in order."""
@@ -241,6 +259,17 @@ class Composer:
             wanted = [*pinned.values(), *(ref for ref in waiting if ref is not None)]
             self._admission.prefetch(wanted, MAX_PREFETCHES, len(tracks.running), draft)
 
+    def _grow_all(self, draft: PlanDraft) -> None:
+        """Give every running sequence pages for all its tokens; some may have to yield."""
+        short = self._tracks.short
+        if self._admission.grow_each(short):
+            short.clear()
+            return
+        # Whoever needs pages may preempt those after it.
+        for track in sorted(short, key=_KEY):
+            if track in short:
+                self._grow(track, track.seq.num_tokens, draft)
+
     def _grow(self, track: Track, num_tokens: int, draft: PlanDraft) -> bool:
         """Give a running sequence pages for all its tokens; False if it had to yield itself."""
         running = self._tracks.running
@@ -251,6 +280,7 @@ class Composer:
             self._preempt(self._policy.victim(others) if others else track, draft)
             if not others:
                 return False
+        self._tracks.short.pop(track, None)
         return True
 
     def _preempt(self, track: Track, draft: PlanDraft) -> None:

@@ -24,9 +24,10 @@ _KEY, _IS_BATCH = attrgetter("key"), attrgetter("is_batch")
 class LiveTracks:
     """Queues of a scheduler.
 
-    running: sorted by key. waiting: the policy's queue. inflight: prefixes that are being computed.
-    track_of, of_request: what is live, in the order it came. num_rows, num_due: how many of them are rows of
-    batches, and how many have deadlines.
+    running: sorted by key, in two parts: decoding, prefilling. short: those of them whose newest tokens have
+    no page yet. waiting: the policy's queue. inflight: prefixes that are being computed.
+    track_of, of_request: what is live, in the order it came. num_rows, num_due, num_adapted: how many of them
+    are rows of batches, have deadlines, have adapters.
     """
 
     def __init__(self, config: SchedulerConfig, arena: Arena, admission: Admission, policy: Policy) -> None:
@@ -35,6 +36,9 @@ class LiveTracks:
         self._admission = admission
         self._policy = policy
         self.running: list[Track] = []
+        self.decoding: list[Track] = []
+        self.prefilling: list[Track] = []
+        self.short: dict[Track, None] = {}
         self.waiting = policy.queue()
         if config.adapter_cluster is not None:
             self.waiting = AdapterClusters(self.waiting, config.adapter_cluster)
@@ -43,7 +47,7 @@ class LiveTracks:
         self.of_request: dict[str, list[Track]] = {}
         self._parked: dict[str, list[Track]] = {}
         self.num_preemptions = 0
-        self.num_rows = self.num_due = 0
+        self.num_rows = self.num_due = self.num_adapted = 0
 
     @property
     def num_live(self) -> int:
@@ -71,9 +75,19 @@ class LiveTracks:
             seq.num_cached = seq.num_computed
             self._arena.tree.count_query(seq.num_prompt, seq.num_cached)
         insort(self.running, track, key=_KEY)
+        insort(self.prefilling if seq.is_prefilling else self.decoding, track, key=_KEY)
         seq.status = SequenceStatus.RUNNING
         if seq.num_uncomputed > 1:
             self.inflight.update(track)
+
+    def grown(self, track: Track) -> None:
+        """A running sequence has new tokens, or its prompt is computed further."""
+        seq = track.seq
+        if len(seq.tokens) > track.capacity:
+            self.short[track] = None
+        if not seq.is_prefilling and track in self.prefilling:
+            self.prefilling.remove(track)
+            insort(self.decoding, track, key=_KEY)
 
     def preempt(self, track: Track) -> None:
         """Take a running sequence's pages and put it back among the waiting, ahead of later ones."""
@@ -127,6 +141,7 @@ class LiveTracks:
     def _count(self, track: Track, change: int) -> None:
         self.num_rows += change if track.is_batch else 0
         self.num_due += change if track.due is not None else 0
+        self.num_adapted += change if track.seq.adapter is not None else 0
 
     def check(self) -> None:
         """Assert the laws of the queues. O(sequences); for tests."""
@@ -135,6 +150,9 @@ class LiveTracks:
         assert len(running) + len(self.waiting) + num_parked == len(self.track_of)
         assert sum(map(len, self.of_request.values())) == len(self.track_of)
         assert running == sorted(running, key=_KEY)
+        assert self.decoding == [track for track in running if not track.seq.is_prefilling]
+        assert self.prefilling == [track for track in running if track.seq.is_prefilling]
+        assert self.short.keys() == {track for track in running if track.seq.num_tokens > track.capacity}
         assert [t.is_batch for t in running] == sorted(t.is_batch for t in running), "rows come last"
         assert self.num_rows == sum(track.is_batch for track in self.track_of.values())
         assert self.num_due == sum(track.due is not None for track in self.track_of.values())
@@ -155,3 +173,5 @@ class LiveTracks:
         self._admission.vacate(track, keep=keep and self._config.enable_prefix_caching, num_kept=num_kept)
         self.inflight.remove(track)
         self.running.remove(track)
+        (self.prefilling if track in self.prefilling else self.decoding).remove(track)
+        self.short.pop(track, None)

@@ -170,35 +170,29 @@ class Scheduler:
         """
         if len(result.tokens) != len(plan.chunks):
             raise EngineError(f"{len(result.tokens)} results were given for {len(plan.chunks)} chunks")
-        finished = []
-        track_of = self._tracks.track_of
-        for chunk, new in zip(plan.chunks, result.tokens, strict=True):
-            seq = chunk.seq
-            track = track_of.get(seq)
+        finished: list[Sequence] = []
+        track_of, short = self._tracks.track_of, self._tracks.short
+        find, num_decodes, num_plain = track_of.get, plan.num_decodes, 0
+        for chunk, new in zip(plan.chunks[:num_decodes], result.tokens, strict=False):
+            seq = chunk[0]
+            track = find(seq)
             if track is None:  # ended while the step ran
                 continue
-            start, tokens = chunk.start, seq.tokens
-            end = start + chunk.n_new
-            if len(new) == 1 and end - start == 1 and end == len(tokens) and start >= seq.num_prompt:
-                # A decode like most: what follows, in short.
+            end = chunk[1] + 1
+            if len(new) == 1 and new[0] not in track.stop_ids and end + 1 < track.max_len:
+                # What `_commit` does, in short.
                 seq.num_computed = end
-                token = new[0]
-                if end + 1 < track.max_len and token not in track.stop_ids:
-                    tokens.append(token)
-                    self._num_output_tokens += 1
-                    continue
-            is_last = end >= len(tokens)
-            if not is_last and new:
-                raise EngineError(f"{seq!r} was given tokens for a chunk that ends at {end}")
-            reason = self._append(track, new) if new else None
-            seq.num_computed = min(end, len(tokens) - 1) if is_last else end
-            if start < seq.num_prompt or chunk.n_new > 1 or not is_last:
-                self._commit_prefill(track, chunk)
-            if reason is not None:
-                last = tokens[-1]
-                is_named = reason is FinishReason.STOP and last in seq.request.params.stop_token_ids
-                self._tracks.retire(track, reason, last if is_named else None, keep=True)
-                finished.append(seq)
+                seq.tokens += new
+                num_plain += 1
+                if end >= track.capacity:
+                    short[track] = None
+            else:
+                self._commit(track, chunk, new, finished)
+        self._num_output_tokens += num_plain
+        for chunk, new in zip(plan.chunks[num_decodes:], result.tokens[num_decodes:], strict=True):
+            track = find(chunk.seq)
+            if track is not None:
+                self._commit(track, chunk, new, finished)
         self._policy.served(plan, result)
         if self._pace is not None:
             self._pace.served(plan)
@@ -298,6 +292,24 @@ class Scheduler:
             return f"{self._namespace}/{digest}/{request.cache_salt}"
         # Siblings share through the same tree, in a namespace that ends with them.
         return f"fork/{request.request_id}" if request.params.n > 1 else None
+
+    def _commit(self, track: Track, chunk: Chunk, new: tuple[int, ...], finished: list[Sequence]) -> None:
+        """Take in what one chunk brought; a sequence that it ends goes to `finished`."""
+        seq, start = chunk.seq, chunk.start
+        tokens, end = seq.tokens, start + chunk.n_new
+        is_last = end >= len(tokens)
+        if not is_last and new:
+            raise EngineError(f"{seq!r} was given tokens for a chunk that ends at {end}")
+        reason = self._append(track, new) if new else None
+        seq.num_computed = min(end, len(tokens) - 1) if is_last else end
+        self._tracks.grown(track)
+        if start < seq.num_prompt or chunk.n_new > 1 or not is_last:
+            self._commit_prefill(track, chunk)
+        if reason is not None:
+            last = tokens[-1]
+            is_named = reason is FinishReason.STOP and last in seq.request.params.stop_token_ids
+            self._tracks.retire(track, reason, last if is_named else None, keep=True)
+            finished.append(seq)
 
     def _append(self, track: Track, new: tuple[int, ...]) -> FinishReason | None:
         """Append sampled tokens up to the first that ends the sequence."""

@@ -29,12 +29,12 @@ class PrefillApart(Composer):
     def _plan_chunks(self, draft: PlanDraft, *, is_live_waiting: bool) -> None:
         tracks = self._tracks
         if not self._is_decodes_turn():
-            prefills = [track for track in tracks.running if track.seq.is_prefilling]
+            prefills = list(tracks.prefilling)
             budget = self._policy.prefill_budget(self._so_far(draft, prefills))
             budget = self._plan_prefills(prefills, budget, draft)
             self._plan_admissions(budget, draft, is_live_only=is_live_waiting)
         if not draft.chunks:
-            self._plan_decodes(tracks.running, draft)
+            self._plan_all_decodes(draft)
 
     def _is_decodes_turn(self) -> bool:
         return False
@@ -50,7 +50,7 @@ class ChunkOnly(PrefillApart):
     _had_prefill = False
 
     def _is_decodes_turn(self) -> bool:
-        is_turn = self._had_prefill and any(not track.seq.is_prefilling for track in self._tracks.running)
+        is_turn = self._had_prefill and bool(self._tracks.decoding)
         self._had_prefill = not is_turn
         return is_turn
 

@@ -257,7 +257,7 @@ class Replica:
             return None
         self._plan = plan
         live = self.live
-        for chunk in plan.chunks:
+        for chunk in plan.chunks[plan.num_decodes :]:
             if chunk.n_new > 1 or chunk.start < chunk.seq.num_prompt:
                 outcome = live[chunk.seq]
                 if outcome.first_scheduled_s is None:
@@ -278,9 +278,9 @@ class Replica:
         live, none = self.live, LogitRows.NONE
         tokens: list[tuple[int, ...]] = []
         add = tokens.append
-        for chunk in plan.chunks:
-            outcome = live.get(chunk.seq)
-            if outcome is None or chunk.logits is none:
+        for seq, _, _, logits in plan.chunks:
+            outcome = live.get(seq)
+            if outcome is None or logits is none:
                 add(())
                 continue
             times = outcome.token_times

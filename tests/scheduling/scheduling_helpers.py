@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 from polybatch.config import PoolSpec, SchedulerConfig
 from polybatch.request import (
@@ -220,6 +221,13 @@ class Driver:
         assert num_prefill <= limit
         assert plan.num_tokens <= limit + self.config.max_num_seqs
         assert not set(planned) & set(plan.preempted)
+        for seq, start, n_new, rows in plan.chunks[: plan.num_decodes]:
+            assert is_decoding(seq), "a chunk that is said to decode does not"
+            assert (start, n_new, rows) == (seq.num_computed, 1, LogitRows.LAST)
+        if self.costs is None and is_stall_free:
+            assert plan.num_decodes >= sum(seq in planned for seq in decoding), "known decodes come first"
+        known = shape_of(plan, self.device.page_size)
+        assert known == shape_of(replace(plan, num_decodes=0), self.device.page_size)
         used = {seq.adapter.digest for seq in planned if seq.adapter is not None}
         assert set(plan.resident) == used
         self.plans.append(plan)
