@@ -128,6 +128,7 @@ class Calibration:
             coefficients={name: getattr(model, name) for name in COEFFICIENTS},
             hinge=model.hinge,
             row_sizes=model.row_sizes,
+            mixed_sizes=model.mixed_sizes,
             mixed_floor=model.mixed_floor,
             short_floor=model.short_floor,
             long_floor=model.long_floor,
@@ -167,8 +168,10 @@ def calibrate(
             measured = bench.measure([*fitted, *held_out], budget_s, progress)
     finally:
         bench.close()
-    row_sizes = tuple(getattr(llm.core.executor, "graph_sizes", ()))
-    model = fit([m.sample for m in measured[: len(fitted)]], row_sizes)
+    executor = llm.core.executor
+    row_sizes = tuple(getattr(executor, "graph_sizes", ()))
+    mixed_sizes = tuple(getattr(executor, "mixed_graph_sizes", ()))
+    model = fit([m.sample for m in measured[: len(fitted)]], row_sizes, mixed_sizes)
     return Calibration(model, tuple(measured[: len(fitted)]), tuple(measured[len(fitted) :]))
 
 

@@ -23,6 +23,7 @@ from polybatch.scheduling.costs import (
     StepCosts,
     StepShape,
     amounts,
+    is_launched_singly,
     launches,
 )
 
@@ -61,20 +62,25 @@ class Sample:
 def fit(
     samples: Sequence[Sample],
     row_sizes: tuple[int, ...] = (),
+    mixed_sizes: tuple[int, ...] = (),
     *,
     hinges: Iterable[int] = HINGES,
     has_floors: bool = True,
 ) -> CostModel:
-    """The cost model of these steps. row_sizes: see `CostModel`. hinges: to try. has_floors: try them, too.
+    """The cost model of these steps. row_sizes, mixed_sizes: see `CostModel`. hinges: to try. has_floors: try
+    them, too.
 
     Raises ConfigError without steps, or for one that took no time.
     """
     if not samples or min(sample.seconds for sample in samples) <= 0:
         raise ConfigError("a cost model is fitted to measured steps; there are none, or one took no time")
     most = max(sample.shape.num_tokens for sample in samples)
-    frames = [CostModel(0.0, hinge=n, row_sizes=row_sizes) for n in (most, *(n for n in hinges if n < most))]
+    frames = [
+        CostModel(0.0, hinge=n, row_sizes=row_sizes, mixed_sizes=mixed_sizes)
+        for n in (most, *(n for n in hinges if n < most))
+    ]
     best: tuple[float, CostModel] | None = None
-    at_floor = _fastest(samples) if has_floors else set[int]()
+    at_floor = _fastest(samples, mixed_sizes) if has_floors else set[int]()
     for solve in (_solved, partial(_solved_with_floors, at_floor=at_floor))[: 1 + bool(at_floor)]:
         for frame in frames:
             model = solve(samples, frame)
@@ -91,8 +97,9 @@ def fit(
 
 def _solved(samples: Iterable[Sample], frame: CostModel, rounds: int = 0) -> CostModel:
     """The coefficients that go with a hinge."""
+    padding = frame.row_sizes, frame.mixed_sizes
     rows = [
-        [amount / sample.seconds for amount in amounts(sample.shape, frame.hinge, frame.row_sizes)]
+        [amount / sample.seconds for amount in amounts(sample.shape, frame.hinge, *padding)]
         for sample in samples
     ]
     return replace(frame, **_named(COEFFICIENTS, _robust(rows, rounds)))
@@ -128,15 +135,17 @@ def _at_floor(model: CostModel, samples: Sequence[Sample]) -> set[int]:
     return {
         i
         for i, sample in enumerate(samples)
-        if sample.shape.num_prefills and model.launch_s(sample.shape) >= model.device_s(sample.shape)
+        if is_launched_singly(sample.shape, model.mixed_sizes)
+        and model.launch_s(sample.shape) >= model.device_s(sample.shape)
     }
 
 
-def _fastest(samples: Sequence[Sample]) -> set[int]:
-    """Which steps took hardly longer than the fastest with prefill and the same kinds of adapters."""
+def _fastest(samples: Sequence[Sample], mixed_sizes: tuple[int, ...]) -> set[int]:
+    """Which steps, of those launched one by one, took hardly longer than the fastest with the same kinds of
+    adapters."""
     kinds: dict[tuple[int, ...], list[int]] = {}
     for i, sample in enumerate(samples):
-        if sample.shape.num_prefills:
+        if is_launched_singly(sample.shape, mixed_sizes):
             kinds.setdefault(launches(sample.shape), []).append(i)
     found: set[int] = set()
     for members in kinds.values():

@@ -76,6 +76,7 @@ class CostProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     coefficients: dict[str, float]
     hinge: int
     row_sizes: tuple[int, ...]
+    mixed_sizes: tuple[int, ...] = ()
     mixed_floor: float
     short_floor: float
     long_floor: float
@@ -93,8 +94,8 @@ class CostProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     @property
     def model(self) -> CostModel:
         return CostModel(
-            **self.coefficients, hinge=self.hinge, row_sizes=self.row_sizes, mixed_floor=self.mixed_floor,
-            short_floor=self.short_floor, long_floor=self.long_floor,
+            **self.coefficients, hinge=self.hinge, row_sizes=self.row_sizes, mixed_sizes=self.mixed_sizes,
+            mixed_floor=self.mixed_floor, short_floor=self.short_floor, long_floor=self.long_floor,
         )  # fmt: skip
 
 
@@ -129,9 +130,11 @@ def parse_profile(data: bytes, source: str) -> CostProfile:
     for name, value in (profile.coefficients | floors).items():
         if not math.isfinite(value) or value < 0:
             raise ConfigError(f"{source}: {name} is {value}; it must be 0 or more; {way_out}")
-    sizes = profile.row_sizes
-    if profile.hinge < 0 or any(a >= b for a, b in zip((0, *sizes), sizes, strict=False)):
-        raise ConfigError(f"{source}: hinge must be 0 or more and row_sizes ascend from 1; {way_out}")
+    for sizes in (profile.row_sizes, profile.mixed_sizes):
+        if profile.hinge < 0 or any(a >= b for a, b in zip((0, *sizes), sizes, strict=False)):
+            raise ConfigError(
+                f"{source}: hinge must be 0 or more, row_sizes and mixed_sizes ascend from 1; {way_out}"
+            )
     if min(map(profile.model.predict, _LEAST_STEPS)) <= 0:
         raise ConfigError(f"{source}: by its coefficients some steps cost nothing; {way_out}")
     return profile

@@ -173,11 +173,14 @@ FLOORS = ("mixed_floor", "short_floor", "long_floor")
 _coefficients, _floors = attrgetter(*COEFFICIENTS), attrgetter(*FLOORS)
 
 
-def amounts(shape: StepShape, hinge: int = 0, row_sizes: tuple[int, ...] = ()) -> tuple[float, ...]:
+def amounts(
+    shape: StepShape, hinge: int = 0, row_sizes: tuple[int, ...] = (), mixed_sizes: tuple[int, ...] = ()
+) -> tuple[float, ...]:
     """What each coefficient is multiplied by; see `CostModel`."""
     tokens, prefills, logits = shape.num_tokens, shape.num_prefills, shape.num_logits
-    if row_sizes and not prefills and tokens <= row_sizes[-1]:
-        tokens = row_sizes[bisect_left(row_sizes, tokens)]
+    sizes = mixed_sizes if prefills else row_sizes
+    if sizes and tokens <= sizes[-1]:
+        tokens = sizes[bisect_left(sizes, tokens)]
     shared, adapters = shape.shared_context, shape.num_adapters
     return (
         1,
@@ -202,6 +205,11 @@ def amounts(shape: StepShape, hinge: int = 0, row_sizes: tuple[int, ...] = ()) -
     )
 
 
+def is_launched_singly(shape: StepShape, mixed_sizes: tuple[int, ...]) -> bool:
+    """Whether the host of a GPU launches a step kernel by kernel: one with prefill that no graph holds."""
+    return shape.num_prefills > 0 and not (mixed_sizes and shape.num_tokens <= mixed_sizes[-1])
+
+
 def launches(shape: StepShape) -> tuple[int, int, int]:
     """Whether a step with prefill launches what all do, kernels for adapters of few tokens, of many."""
     num_long = shape.num_long_adapters
@@ -215,10 +223,11 @@ class CostModel:
     All coefficients are seconds per unit and not negative. hinge: tokens from which on each costs
     `per_token_beyond` more. per_context: per token of KV that decoding rows read for the first time in the
     step, per_shared_context again. Once for a whole step where there is any: per_mixed for prefill,
-    per_head for logits, per_adapted for adapters. row_sizes: decode steps are padded to the next of these
-    (captured graphs); ascending, empty for none. mixed_floor: seconds below which no step with prefill gets,
-    for a GPU whose kernels the host launches one by one; short_floor, long_floor: so much more where there
-    are adapters of few tokens, and of many, which have kernels of their own.
+    per_head for logits, per_adapted for adapters. row_sizes, mixed_sizes: decode steps, and those with
+    prefill, are padded to the next of these (captured graphs); ascending, empty for none. mixed_floor:
+    seconds below which no step with prefill gets whose kernels the host of a GPU launches one by one;
+    short_floor, long_floor: so much more where there are adapters of few tokens, and of many, which have
+    kernels of their own.
     """
 
     base: float
@@ -242,6 +251,7 @@ class CostModel:
     per_adapter_work: float = 0.0
     per_largest_page: float = 0.0
     row_sizes: tuple[int, ...] = ()
+    mixed_sizes: tuple[int, ...] = ()
     mixed_floor: float = 0.0
     short_floor: float = 0.0
     long_floor: float = 0.0
@@ -253,16 +263,17 @@ class CostModel:
     def predict(self, shape: StepShape) -> float:
         """Seconds of a step of this shape."""
         found = self.device_s(shape)
-        if self.mixed_floor and shape.num_prefills:
+        if self.mixed_floor and is_launched_singly(shape, self.mixed_sizes):
             return max(found, self.launch_s(shape))
         return found
 
     def device_s(self, shape: StepShape) -> float:
         """Seconds that a step of this shape would take if launching it took none."""
-        found: float = sum(map(mul, _coefficients(self), amounts(shape, self.hinge, self.row_sizes)))
+        counted = amounts(shape, self.hinge, self.row_sizes, self.mixed_sizes)
+        found: float = sum(map(mul, _coefficients(self), counted))
         return found
 
     def launch_s(self, shape: StepShape) -> float:
-        """Seconds that the host takes to launch a step with prefill, whatever the device has to do."""
+        """Seconds that the host takes to launch a step kernel by kernel, whatever the device has to do."""
         found: float = sum(map(mul, _floors(self), launches(shape)))
         return found

@@ -118,5 +118,16 @@ def test_floors_under_steps_with_prefill_are_found() -> None:
     assert quantile(relative_errors(model, test), 0.95) < 0.07
 
 
+def test_steps_that_a_graph_holds_wait_for_no_launches() -> None:
+    truth = replace(TRUTH, mixed_floor=0.5, mixed_sizes=(64, 128))
+    shapes = [sample.shape for sample in samples(0, 240)]
+    model = fit([Sample(shape, truth.predict(shape)) for shape in shapes], mixed_sizes=truth.mixed_sizes)
+    assert model.mixed_floor == pytest.approx(0.5, rel=0.01)
+    held = [shape for shape in shapes if shape.num_prefills and shape.num_tokens <= 128]
+    assert held
+    for shape in held:
+        assert model.predict(shape) == pytest.approx(truth.predict(shape), rel=0.05)
+
+
 def test_no_floor_is_seen_where_there_is_none() -> None:
     assert fit(samples(0, 160, noise=0.05)).mixed_floor == 0

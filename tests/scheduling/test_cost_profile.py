@@ -32,8 +32,8 @@ KEY = CostKey(
 def profile(**changes: Any) -> CostProfile:
     coefficients = {name: 1e-6 * i for i, name in enumerate(COEFFICIENTS, 1)}
     made = CostProfile(
-        format=FORMAT, key=KEY, coefficients=coefficients, hinge=64, row_sizes=(1, 2, 4), mixed_floor=0.01,
-        short_floor=0.002, long_floor=0.001, median_error=0.03,
+        format=FORMAT, key=KEY, coefficients=coefficients, hinge=64, row_sizes=(1, 2, 4),
+        mixed_sizes=(16, 32), mixed_floor=0.01, short_floor=0.002, long_floor=0.001, median_error=0.03,
         p95_error=0.1, num_fitted=60, num_held_out=32, num_disturbed=0,
         pool=PoolShape(num_pages=10, page_size=16, page_bytes=64, num_layers=2),
         limits=EngineLimits(max_num_batched_tokens=2048, max_num_seqs=256, max_model_len=4096),
@@ -55,6 +55,7 @@ def test_a_profile_comes_back_as_it_was_kept(tmp_path: Path) -> None:
         **profile().coefficients,
         hinge=64,
         row_sizes=(1, 2, 4),
+        mixed_sizes=(16, 32),
         mixed_floor=0.01,
         short_floor=0.002,
         long_floor=0.001,
@@ -74,6 +75,7 @@ def test_a_profile_comes_back_as_it_was_kept(tmp_path: Path) -> None:
         (content(hinge="64"), "hinge"),
         (content(hinge=-1), "hinge"),
         (content(row_sizes=[4, 2]), "row_sizes"),
+        (content(mixed_sizes=[0, 2]), "mixed_sizes"),
         (content(coefficients={"base": 1.0}), "per_token"),
         (content(coefficients=profile().coefficients | {"extra": 1.0}), "extra"),
         (content(coefficients=profile().coefficients | {"per_pair": -1.0}), "per_pair"),

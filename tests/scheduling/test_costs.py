@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 from hypothesis import given, settings
@@ -141,18 +141,22 @@ def test_a_prediction_is_coefficients_times_amounts(model: CostModel, shape: Ste
 
 
 def test_every_coefficient_is_a_field_of_the_model_and_every_amount_can_matter() -> None:
-    others = {"hinge", "row_sizes", *FLOORS}
+    others = {"hinge", "row_sizes", "mixed_sizes", *FLOORS}
     assert {*COEFFICIENTS, *others} == {field.name for field in fields(CostModel)}
     shape = StepShape(**dict.fromkeys(SHAPE_FIELDS, 7) | {"decode_context": 20})
     assert min(amounts(shape, 3)) > 0
 
 
-def test_decode_steps_are_padded_to_the_next_captured_size_and_mixed_ones_are_not() -> None:
+def test_steps_are_padded_to_the_next_captured_size_of_their_kind() -> None:
     model = CostModel(base=1.0, per_token=1.0, row_sizes=(1, 2, 4, 8))
     assert model.predict(StepShape(num_tokens=5, num_decodes=5)) == 9
     assert model.predict(StepShape(num_tokens=8, num_decodes=8)) == 9
     assert model.predict(StepShape(num_tokens=11, num_decodes=11)) == 12
     assert model.predict(StepShape(num_tokens=5, num_decodes=1, num_prefill_tokens=4, num_prefills=1)) == 6
+    mixed = replace(model, mixed_sizes=(16, 32), mixed_floor=100.0)
+    for tokens, seconds in ((5, 17), (17, 33), (33, 100)):
+        assert mixed.predict(StepShape(num_tokens=tokens, num_prefills=1)) == seconds
+    assert mixed.predict(StepShape(num_tokens=5, num_decodes=5)) == 9
 
 
 def test_tokens_beyond_the_hinge_cost_more() -> None:
