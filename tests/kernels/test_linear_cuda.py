@@ -129,6 +129,23 @@ def test_int4_is_the_same_with_scaled_weights_and_shorter_steps(
     assert relative_error(result, expected) < TOLERANCE[torch.bfloat16]
 
 
+@pytest.mark.parametrize(("warps", "slices", "block_rows"), [(4, 1, 32), (2, 4, 16), (8, 2, 32), (4, 4, 32)])
+@pytest.mark.parametrize(
+    ("inputs", "group", "zeros"),
+    [(2048, 128, False), (1304, 128, True), (1280, 256, True), (1304, None, False)],
+)
+def test_int4_is_the_same_with_all_inputs_of_a_row_in_one_program(
+    warps: int, slices: int, block_rows: int, inputs: int, group: int | None, zeros: bool
+) -> None:
+    weight = random_int4(7, 120, inputs, group, zeros)
+    x = draw(4, 11, inputs, dtype=torch.bfloat16)
+    expected = x.double() @ dequantize_symmetric(weight).double().T
+    linear = Int4Linear(pack_int4(weight.to(DEVICE)), workspace())
+    result = poisoned(11, 120, torch.bfloat16)
+    linear.forward_fused(x.to(DEVICE), result, Int4Config(8, block_rows, 1, warps, 3, slices=slices))
+    assert relative_error(result, expected) < TOLERANCE[torch.bfloat16]
+
+
 @pytest.mark.parametrize(("group", "zeros"), [(128, True), (None, False)])
 def test_widening_for_prefill_computes_the_same(
     group: int | None, zeros: bool, monkeypatch: pytest.MonkeyPatch

@@ -20,6 +20,7 @@ from polybatch.errors import ConfigError
 from polybatch.kernels.linear.cuda_config import Int4Config, int4_config
 from polybatch.kernels.linear.cuda_fp8 import quantize_tokens_kernel
 from polybatch.kernels.linear.cuda_int4 import dequantize_kernel, int4_linear_kernel
+from polybatch.kernels.linear.cuda_int4_rows import int4_rows_kernel
 from polybatch.kernels.linear.cuda_pack import K_TILE, ROW_TILE, Int4Layout, pack_int4
 from polybatch.kernels.linear.cuda_workspace import LinearWorkspace, check_product
 from polybatch.kernels.linear.quantize_symmetric import (
@@ -137,39 +138,53 @@ class Int4Linear:
 
     def forward_fused(self, x: torch.Tensor, out: torch.Tensor, config: Int4Config) -> None:
         """One launch. The workspace must have been reserved for the configuration."""
-        grid, arguments, options = self._launch(x, out, config)
-        int4_linear_kernel[grid](*arguments, **options)
+        kernel, grid, arguments, options = self._launch(x, out, config)
+        kernel[grid](*arguments, **options)
 
     def compile_fused(self, x: torch.Tensor, out: torch.Tensor, config: Int4Config) -> None:
         """Compile what forward_fused would launch; inside triton.AsyncCompileMode many at a time."""
-        grid, arguments, options = self._launch(x, out, config)
-        int4_linear_kernel.warmup(*arguments, grid=grid, **options)
+        kernel, grid, arguments, options = self._launch(x, out, config)
+        kernel.warmup(*arguments, grid=grid, **options)
 
     def _launch(
         self, x: torch.Tensor, out: torch.Tensor, config: Int4Config
-    ) -> tuple[tuple[int, int, int], tuple[Any, ...], dict[str, Any]]:
+    ) -> tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]:
+        """Kernel, grid, arguments, options."""
         layout = self.layout
-        grid = (-(-x.shape[0] // config.block_m), layout.rows // config.block_out, config.split)
-        arguments = (
-            x, layout.words, layout.scales, layout.scales if layout.offsets is None else layout.offsets, out,
-            self._workspace.buffer("partials"), self._workspace.buffer("arrived"), x.shape[0], layout.num_in,
-            layout.num_out, layout.rows, layout.k_tiles, config.split, x.stride(0), out.stride(0),
-        )  # fmt: skip
+        m_tiles = -(-x.shape[0] // config.block_m)
+        tables = (layout.words, layout.scales, layout.scales if layout.offsets is None else layout.offsets)
+        sizes = (x.shape[0], layout.num_in, layout.num_out, layout.rows, layout.k_tiles)
         options: dict[str, Any] = {
             "BLOCK_M": config.block_m,
-            "BLOCK_OUT": config.block_out,
             "COLUMNS": config.columns,
-            "REDUCED": config.parts_at_a_time,
-            "EVEN_K": layout.num_in % K_TILE == 0,
             "GROUPED": layout.is_grouped,
             "HAS_ZEROS": layout.offsets is not None,
             "SCALES_BF16": layout.scales_bf16,
-            "SCALED": config.is_scaled and layout.is_grouped,
             "ASSEMBLY": not _INTERPRETED,
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
         }
-        return grid, arguments, options
+        if config.slices:
+            options |= {
+                "BLOCK_ROWS": config.block_out,
+                "INNER": config.num_warps,
+                "STEPS": -(-layout.k_tiles // config.num_warps) * (64 // config.columns),
+                "SLICES": config.slices,
+                "EVEN_K": layout.num_in % (K_TILE * config.num_warps) == 0,
+            }
+            grid: tuple[int, ...] = (layout.rows // (config.block_out * config.slices), m_tiles)
+            arguments = (x, *tables, out, *sizes, x.stride(0), out.stride(0))
+            return int4_rows_kernel, grid, arguments, options
+        options |= {
+            "BLOCK_OUT": config.block_out,
+            "REDUCED": config.parts_at_a_time,
+            "EVEN_K": layout.num_in % K_TILE == 0,
+            "SCALED": config.is_scaled and layout.is_grouped,
+        }
+        scratch = (self._workspace.buffer("partials"), self._workspace.buffer("arrived"))
+        grid = (m_tiles, layout.rows // config.block_out, config.split)
+        arguments = (x, *tables, out, *scratch, *sizes, config.split, x.stride(0), out.stride(0))
+        return int4_linear_kernel, grid, arguments, options
 
     def forward_widened(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Rows of weights by the chunk: widen them into scratch, multiply."""

@@ -17,6 +17,8 @@ class Int4Config:
     """Tile sizes, parts of the inputs, warps, pipeline stages of int4_linear_kernel.
 
     is_scaled: scales multiply weights, not sums.
+    slices: if not 0, int4_rows_kernel instead, where a program takes this many blocks of rows over all inputs
+    (split is 1) and each warp a tile of 256 inputs at a time.
     """
 
     block_m: int
@@ -25,11 +27,12 @@ class Int4Config:
     num_warps: int
     num_stages: int
     is_scaled: bool = False
+    slices: int = 0
 
     @property
     def columns(self) -> int:
         """Of a tile's 64, in a step."""
-        return 32 if self.is_scaled else 64
+        return 32 if self.is_scaled or (self.slices and self.num_warps > 4) else 64
 
     @property
     def parts_at_a_time(self) -> int:

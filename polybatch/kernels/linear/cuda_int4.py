@@ -198,6 +198,44 @@ def _load_x(pointers, is_token, inputs_left, column, dtype: tl.constexpr, EVEN_K
     return tl.load(pointers, mask=mask, other=0.0).to(dtype)
 
 
+@triton.jit
+def _add_products(
+    acc,
+    words,
+    x0,
+    x1,
+    x2,
+    x3,
+    scales,
+    offsets,
+    ones,
+    dtype: tl.constexpr,
+    GROUPED: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    SCALES_BF16: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):
+    """acc [.., R, M] plus [.., R, C] words times four planes [.., C, M] of x; [.., R] pairs of scales."""
+    w0, w1, w2, w3 = _planes(words, dtype, ASSEMBLY)
+    if GROUPED:
+        scale_low, scale_high = _scales_of(scales, SCALES_BF16)
+        low = tl.zeros_like(acc)
+        high = tl.zeros_like(acc)
+        if HAS_ZEROS:
+            # (q - zero) x = (q - 8) x + (8 - zero) sum(x); the matrix unit also sums x.
+            offset_low, offset_high = _offsets_of(offsets)
+            low = tl.dot(ones, x1, tl.dot(ones, x0, low)) * tl.expand_dims(offset_low, -1)
+            high = tl.dot(ones, x3, tl.dot(ones, x2, high)) * tl.expand_dims(offset_high, -1)
+        acc += tl.dot(w1, x1, tl.dot(w0, x0, low)) * tl.expand_dims(scale_low, -1)
+        acc += tl.dot(w3, x3, tl.dot(w2, x2, high)) * tl.expand_dims(scale_high, -1)
+    else:
+        acc = tl.dot(w0, x0, acc)
+        acc = tl.dot(w1, x1, acc)
+        acc = tl.dot(w2, x2, acc)
+        acc = tl.dot(w3, x3, acc)
+    return acc
+
+
 @triton.jit(do_not_specialize=["num_tokens", "k_tiles", "split"])
 def int4_linear_kernel(
     x_ptr,  # [num_tokens, num_in], rows x_stride apart
@@ -269,26 +307,19 @@ def int4_linear_kernel(
             w0, w1, w2, w3 = _scaled_planes(
                 words, scale_pairs, offset_pairs, dtype, SCALES_BF16, HAS_ZEROS, ASSEMBLY
             )
-        else:
-            w0, w1, w2, w3 = _planes(words, dtype, ASSEMBLY)
-        if GROUPED and not SCALED:
-            scale_low, scale_high = _scales_of(scales, SCALES_BF16)
-            scales = _load_pairs(scales_ptr + (tile + 1) * rows + row, ASSEMBLY)
-            low = tl.zeros([BLOCK_OUT, BLOCK_M], tl.float32)
-            high = tl.zeros([BLOCK_OUT, BLOCK_M], tl.float32)
-            if HAS_ZEROS:
-                # (q - zero) x = (q - 8) x + (8 - zero) sum(x); the matrix unit also sums x.
-                offset_low, offset_high = _offsets_of(offsets)
-                offsets = _load_pairs(offsets_ptr + (tile + 1) * rows + row, ASSEMBLY)
-                low = tl.dot(ones, x1, tl.dot(ones, x0, low)) * offset_low[:, None]
-                high = tl.dot(ones, x3, tl.dot(ones, x2, high)) * offset_high[:, None]
-            acc += tl.dot(w1, x1, tl.dot(w0, x0, low)) * scale_low[:, None]
-            acc += tl.dot(w3, x3, tl.dot(w2, x2, high)) * scale_high[:, None]
-        else:
             acc = tl.dot(w0, x0, acc)
             acc = tl.dot(w1, x1, acc)
             acc = tl.dot(w2, x2, acc)
             acc = tl.dot(w3, x3, acc)
+        else:
+            acc = _add_products(
+                acc, words, x0, x1, x2, x3, scales, offsets, ones, dtype,
+                GROUPED, HAS_ZEROS, SCALES_BF16, ASSEMBLY,
+            )  # fmt: skip
+            if GROUPED:
+                scales = _load_pairs(scales_ptr + (tile + 1) * rows + row, ASSEMBLY)
+                if HAS_ZEROS:
+                    offsets = _load_pairs(offsets_ptr + (tile + 1) * rows + row, ASSEMBLY)
     if not GROUPED:
         acc *= tl.load(scales_ptr + row).to(tl.float32)[:, None]
 
