@@ -16,6 +16,7 @@ from polybatch.kernels.ragged_attention import cuda, merge_states, ragged_attent
 from polybatch.kernels.ragged_attention.work import (
     Heads,
     PrefixGroup,
+    SharedTiles,
     Tile,
     Tiles,
     arrays,
@@ -29,6 +30,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 PAGE = 16
 SMALL = Tiles(narrow=Tile(16, 16, num_stages=1), wide=Tile(32, 32, num_stages=1))
+SHARED = replace(SMALL, shared=SharedTiles(Tile(16, 32, num_stages=1), Tile(32, 16, num_stages=1)))
 
 
 @dataclass
@@ -43,6 +45,7 @@ class Case:
     tiles: Tiles = SMALL
     num_sms: int = 4
     ranges: list | None = None
+    is_decode: bool = False
     padding: int = 3
     seed: int = 0
 
@@ -85,6 +88,7 @@ def plan(case, limits=None):
         num_sms=case.num_sms,
     )
     views = {name: np.full(shape, -7, dtype) for name, (shape, dtype) in arrays(limits).items()}
+    views["attention_parts"][:] = 7  # as an earlier step may have left it
     groups = [PrefixGroup(m[0], prefix * PAGE, np.array(m)) for prefix, m in case.groups]
     work = fill(
         views, case.heads, case.tiles,
@@ -126,7 +130,7 @@ def run_both(case):
             out, arena, table.to(DEVICE), positions.to(DEVICE), on_device, scratch, heads, case.tiles,
             scale=heads.head_dim**-0.5, page_size=PAGE, window=case.window, lse=lse,
             max_narrow=work.num_narrow + 1 if 0 < work.num_narrow < limits.max_narrow else work.num_narrow,
-            max_wide=work.num_wide,
+            max_wide=work.num_wide, is_decode=case.is_decode,
         )  # fmt: skip
     assert not bool(scratch.counters.any())
     cu_tokens = torch.tensor([0, *counts.tolist()]).cumsum(0).int()
@@ -183,6 +187,22 @@ def test_a_prefix_read_once_equals_one_that_each_reads(shared, members, others, 
 
 
 @settings(max_examples=3, deadline=None)
+@given(
+    shared=st.integers(1, 6),
+    members=st.lists(st.integers(0, 20), min_size=9, max_size=10),
+    others=st.lists(st.tuples(st.integers(0, 40), st.just(1)), max_size=1),
+    window=st.one_of(st.none(), st.integers(1, 120)),
+    num_sms=st.sampled_from([1, 6]),
+    seed=st.integers(0, 99),
+)
+def test_parts_merged_apart_equal_the_reference(shared, members, others, window, num_sms, seed):
+    chunks = [(shared * PAGE + context, 1) for context in members] + others
+    groups = [(shared, list(range(len(members))))]
+    case = Case(chunks, groups, window=window, num_sms=num_sms, seed=seed, tiles=SHARED, is_decode=True)
+    assert check(case)[0].num_wide > 0
+
+
+@settings(max_examples=3, deadline=None)
 @given(chunks=chunk_lists, lows=st.lists(st.integers(0, 60), min_size=3, max_size=3), seed=st.integers(0, 99))
 def test_a_range_of_the_context_merges_with_the_rest(chunks, lows, seed):
     cuts = [min(low, context + new) for low, (context, new) in zip(lows, chunks, strict=False)]
@@ -212,6 +232,14 @@ def test_a_range_of_the_context_merges_with_the_rest(chunks, lows, seed):
 def test_every_head_shape_and_dtype_equals_the_reference(heads, dtype):
     check(Case([(33, 1), (70, 1), (5, 4)], heads=heads, dtype=dtype))
     check(Case([(64, 1), (70, 1), (48, 2)], [(2, [0, 1, 2])], heads=heads, dtype=dtype, tiles=Tiles()))
+
+
+@pytest.mark.parametrize("heads", [Heads(8, 2, 64), Heads(4, 1, 256)])
+def test_parts_of_every_head_shape_are_merged_apart(heads):
+    members = 16 // heads.group + 1
+    tiles = Tiles(shared=SharedTiles(Tile(16, 32), Tile(128, 64, num_warps=8)))
+    case = Case([(32 + i, 1) for i in range(members)], [(2, list(range(members)))], heads=heads, tiles=tiles)
+    assert check(replace(case, dtype=torch.float16, is_decode=True))[0].num_wide == 1
 
 
 def test_a_long_context_is_cut_and_merged_in_a_fixed_order():
@@ -268,6 +296,20 @@ def test_the_limits_hold_any_plan(chunks, num_sms, waves, num_kv_heads, group, s
     assert work.num_wide <= limits.max_wide
     total = views["attention_parts"][: sum(new for _, new in chunks), 1]
     assert work.num_partials == int(total[total > 1].sum())
+
+
+def test_limits_tell_steps_of_single_tokens():
+    sizes = {"heads": Heads(4, 2, 16), "tiles": SMALL, "max_seqs": 8, "num_sms": 4}
+    assert make_limits(**sizes, max_tokens=8).is_decode
+    assert not make_limits(**sizes, max_tokens=9).is_decode
+
+
+def test_shared_tiles_have_the_rows_that_plans_are_cut_for():
+    for heads in (Heads(32, 8, 128), Heads(9, 3, 64), Heads(8, 8, 96), Heads(8, 4, 256)):
+        for dtype in (torch.float32, torch.bfloat16):
+            tiles = cuda.choose_tiles(heads, dtype)
+            pair = tiles.shared or tiles
+            assert (pair.narrow.rows, pair.wide.rows) == (tiles.narrow.rows, tiles.wide.rows)
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_narrow", "max_partials"])

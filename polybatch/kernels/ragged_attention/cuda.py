@@ -11,6 +11,8 @@ room that these leave on the SMs; the last of them waits for the wide ones, so t
 
 A token in several items leaves its parts in scratch memory. Whoever finishes a row's last part, as the
 row's counter tells, merges all of them in the order of their numbers and sets the counter back to zero.
+Where decoding rows share a prefix, a launch of its own merges instead: programs then neither count nor wait
+for their parts to be written, and without code that merges they need fewer registers.
 
 Sources: online softmax (Milakov and Gimelshein 2018), FlashAttention-2 (Dao 2023), Flash-Decoding (Dao et
 al. 2023), PagedAttention (Kwon et al. 2023).
@@ -29,11 +31,14 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from polybatch.kernels.ragged_attention.work import Heads, Limits, Tile, Tiles
+from polybatch.kernels.ragged_attention.work import Heads, Limits, SharedTiles, Tile, Tiles
 
 LOG2_E = 1.4426950408889634
 # How a launch starts: after the kernel before; while that one ends; beside it, which started so itself.
 AFTER, DEPENDENT, BESIDE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+MERGE_ROWS, MERGE_WARPS = 16, 4
+# For 16-bit types and head dims up to 128; see `benchmarks/cuda/attention_prefix.py`.
+SHARED: SharedTiles | None = None
 
 
 @triton.jit
@@ -187,7 +192,7 @@ def ragged_attention_kernel(
     num_items_ptr, items_ptr, tokens_ptr, parts_ptr, partial_ptr, partial_lse_ptr, counters_ptr, scale,
     H: tl.constexpr, KH: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
     WINDOW: tl.constexpr, HAS_LSE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    START: tl.constexpr, WARPS: tl.constexpr, PREFETCH: tl.constexpr,
+    START: tl.constexpr, WARPS: tl.constexpr, PREFETCH: tl.constexpr, MERGE_APART: tl.constexpr,
 ):  # fmt: skip
     """Grid: room for items of one kind times key-value heads. START: one of the constants above."""
     program = tl.program_id(0)
@@ -220,9 +225,12 @@ def ragged_attention_kernel(
             first_keys = pool_ptr + kv_head * PAGE * D + page.to(tl.int64) * page_stride + (key % PAGE) * D
             _prefetch(first_keys, D, D_PAD)
             _prefetch(first_keys + V_OFFSET, D, D_PAD)
-    # Everyone waits, with work or without: whoever starts next relies on it.
+    # Those with work wait, and one program always: whoever starts next relies on it. The rest make room.
     if START == DEPENDENT:
-        gdc_wait()
+        if is_item | (program == 0):
+            gdc_wait()
+        gdc_launch_dependents()
+    if START == BESIDE and MERGE_APART:
         gdc_launch_dependents()
     if is_item:
         d = tl.arange(0, D_PAD)
@@ -247,22 +255,42 @@ def ragged_attention_kernel(
             out = acc / tl.where(total > 0, total, 1.0)[:, None]
             tl.store(partial_ptr + at[:, None] * D + d[None, :], out, mask=rows[:, None] & (d < D)[None, :])
             tl.store(partial_lse_ptr + at, _log_sum(m, total), mask=rows)
-            # All threads' parts are written before any counter says so.
-            tl.debug_barrier()
-            counter = counters_ptr + token * H + head
-            arrived = tl.atomic_add(counter, 1, mask=rows, sem="acq_rel", scope="gpu")
-            last = rows & (arrived == num_parts - 1)
-            if tl.max(last.to(tl.int32), 0) > 0:
-                tl.store(counter, 0, mask=last)
-                _merge(
-                    out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, first_part, num_parts, last, token,
-                    head, H, D, D_PAD, HAS_LSE, ROWS, WARPS,
-                )  # fmt: skip
+            if not MERGE_APART:
+                # All threads' parts are written before any counter says so.
+                tl.debug_barrier()
+                counter = counters_ptr + token * H + head
+                arrived = tl.atomic_add(counter, 1, mask=rows, sem="acq_rel", scope="gpu")
+                last = rows & (arrived == num_parts - 1)
+                if tl.max(last.to(tl.int32), 0) > 0:
+                    tl.store(counter, 0, mask=last)
+                    _merge(
+                        out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, first_part, num_parts, last, token,
+                        head, H, D, D_PAD, HAS_LSE, ROWS, WARPS,
+                    )  # fmt: skip
         else:
             _store(acc, m, total, out_ptr, lse_ptr, rows, token, head, d, H, D, HAS_LSE)
     if START == BESIDE:  # noqa: SIM102 the outer condition is known when compiling
         if program == tl.num_programs(0) - 1:
             gdc_wait()
+
+
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["parts_ptr"])
+def merge_parts_kernel(
+    out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, parts_ptr, num_rows,
+    H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, HAS_LSE: tl.constexpr,
+    ROWS: tl.constexpr, WARPS: tl.constexpr, START: tl.constexpr,
+):  # fmt: skip
+    """Join the parts of rows, one for each token and head, that have more than one. Grid: rows over ROWS."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token, head = row // H, row % H
+    first_part, num_parts = _parts_of(token, row < num_rows, parts_ptr)
+    if START == DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
+    _merge(
+        out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, first_part, num_parts, num_parts > 1, token,
+        head, H, D, D_PAD, HAS_LSE, ROWS, WARPS,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,12 +330,12 @@ def choose_tiles(heads: Heads, dtype: torch.dtype) -> Tiles:
         return Tiles(narrow=Tile(16, 32, num_stages=2), wide=Tile(64, 32, num_stages=2))
     tiles = Tiles()
     if padded > heads.head_dim:  # masks take registers
-        tiles = replace(
+        return replace(
             tiles,
             narrow=replace(tiles.narrow, max_registers=None),
             wide=replace(tiles.wide, max_registers=None),
         )
-    return tiles
+    return replace(tiles, shared=SHARED)
 
 
 def _padded(heads: Heads) -> int:
@@ -333,6 +361,7 @@ def ragged_attention(
     max_narrow: int | None = None,
     max_wide: int | None = None,
     is_dependent: bool = False,
+    is_decode: bool = False,
 ) -> None:
     """Attend the items of a plan; allocates nothing, so a graph can capture it.
 
@@ -348,23 +377,35 @@ def ragged_attention(
     is_dependent: start while the kernel before ends (programmatic dependent launch). `work`, positions and
         page_table must have been on the device before that kernel began; q and kv_pages are read, and out
         written, after its end.
+    is_decode: chunks are short and only shared prefixes are wide: take `tiles.shared` where there are both.
     """
-    start = DEPENDENT if is_dependent else AFTER
-    wide = 1, work["attention_wide_items"], max_wide, tiles.wide
-    narrow = 0, work["attention_narrow_items"], max_narrow, tiles.narrow
-    for index, items, room, tile in (wide, narrow):
-        count = items.shape[0] if room is None else room
+    num_narrow = work["attention_narrow_items"].shape[0] if max_narrow is None else max_narrow
+    num_wide = work["attention_wide_items"].shape[0] if max_wide is None else max_wide
+    has_both = num_narrow > 0 and num_wide > 0
+    merge_apart = is_decode and has_both and tiles.shared is not None
+    pair = tiles.shared if merge_apart and tiles.shared is not None else tiles
+    first, second = (DEPENDENT, BESIDE) if is_dependent else (AFTER, AFTER)
+    sizes = {"H": heads.num_heads, "D": heads.head_dim, "D_PAD": _padded(heads), "HAS_LSE": lse is not None}
+    lse = out if lse is None else lse
+    for count, index, items, tile, start in (
+        (num_wide, 1, "attention_wide_items", pair.wide, first),
+        (num_narrow, 0, "attention_narrow_items", pair.narrow, second if has_both else first),
+    ):
         if not count:
             continue
         ragged_attention_kernel[(count * heads.num_kv_heads,)](
-            q, q.stride(0), out, out if lse is None else lse, kv_pages, kv_pages.stride(0),
-            page_table, page_table.stride(0), positions, work["attention_num_items"][index:], items,
-            work["attention_tokens"], work["attention_parts"], scratch.out, scratch.lse, scratch.counters,
-            scale * LOG2_E, H=heads.num_heads, KH=heads.num_kv_heads, D=heads.head_dim,
-            D_PAD=_padded(heads), PAGE=page_size, WINDOW=window or 0, HAS_LSE=lse is not None,
-            ROWS=tile.rows, KEYS=tile.keys, START=start.value, WARPS=tile.num_warps,
-            launch_pdl=start.value != AFTER.value, num_warps=tile.num_warps, num_stages=tile.num_stages,
-            PREFETCH=tile.prefetch, maxnreg=None if window else tile.max_registers,
+            q, q.stride(0), out, lse, kv_pages, kv_pages.stride(0), page_table, page_table.stride(0),
+            positions, work["attention_num_items"][index:], work[items], work["attention_tokens"],
+            work["attention_parts"], scratch.out, scratch.lse, scratch.counters, scale * LOG2_E,
+            **sizes, KH=heads.num_kv_heads, PAGE=page_size, WINDOW=window or 0, ROWS=tile.rows,
+            KEYS=tile.keys, START=start.value, WARPS=tile.num_warps, PREFETCH=tile.prefetch,
+            MERGE_APART=merge_apart, launch_pdl=is_dependent, num_warps=tile.num_warps,
+            num_stages=tile.num_stages, maxnreg=None if window else tile.max_registers,
         )  # fmt: skip
-        if is_dependent:
-            start = BESIDE
+    if merge_apart:
+        num_rows = q.shape[0] * heads.num_heads
+        merge_parts_kernel[(triton.cdiv(num_rows, MERGE_ROWS),)](
+            out, lse, scratch.out, scratch.lse, work["attention_parts"], num_rows, **sizes,
+            ROWS=MERGE_ROWS, WARPS=MERGE_WARPS, START=first.value, launch_pdl=is_dependent,
+            num_warps=MERGE_WARPS,
+        )  # fmt: skip

@@ -53,9 +53,21 @@ class Tile:
 
 
 @dataclass(frozen=True, slots=True)
+class SharedTiles:
+    """Configurations of decode steps in which rows share a prefix, with as many rows as those of `Tiles`.
+
+    Wide programs have keys in flight while they compute and leave room for narrow ones beside them.
+    """
+
+    narrow: Tile
+    wide: Tile
+
+
+@dataclass(frozen=True, slots=True)
 class Tiles:
     """Configurations of the two kinds of item.
 
+    shared: of decode steps with both kinds, whose parts a launch of its own then merges; None for the same.
     waves: items to cut for each program that the device holds at once. min_part_keys: no cut goes below,
         for writing and reading a part costs about as much as 8 keys do, starting a program more.
     """
@@ -63,6 +75,7 @@ class Tiles:
     # The fastest, or near it, of each case that `benchmarks/cuda/attention.py` times on an H100.
     narrow: Tile = Tile(16, 64, num_stages=2, programs_per_sm=4, max_registers=128, prefetch=True)
     wide: Tile = Tile(128, 64, num_warps=8, num_stages=2, programs_per_sm=1, max_registers=128)
+    shared: SharedTiles | None = None
     waves: float = 1.0
     min_part_keys: int = 64
 
@@ -84,15 +97,21 @@ class Heads:
 class Limits:
     """What a step's arrays have room for.
 
-    max_group_tokens: those that share a prefix.
+    max_seqs: chunks. max_group_tokens: tokens that share a prefix.
     max_partials: (token, part) pairs, each num_heads * (head_dim + 1) float32 of scratch memory.
     """
 
     max_tokens: int
+    max_seqs: int
     max_narrow: int
     max_wide: int
     max_group_tokens: int
     max_partials: int
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether chunks of one token are what there is room for."""
+        return self.max_tokens <= self.max_seqs
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,12 +152,12 @@ def make_limits(
     """Room for any plan of at most max_tokens tokens in max_seqs chunks.
 
     max_group_tokens: tokens, all groups together, that share a prefix; every one by default, as a decode
-        step wants it. The cut makes at most two parts for each program that the device holds at once.
+        step wants it. The cut adds at most an item for each program that the device holds at once.
     """
     wide, narrow = _tokens_per_item(heads, tiles.wide), _tokens_per_item(heads, tiles.narrow)
     grouped = max_tokens if max_group_tokens is None else max_group_tokens
     groups = min(max_seqs, grouped) // 2
-    cuts = [int(2 * tiles.waves * _num_slots(heads, t, num_sms)) + 1 for t in (tiles.narrow, tiles.wide)]
+    cuts = [int(tiles.waves * _num_slots(heads, t, num_sms)) + 1 for t in (tiles.narrow, tiles.wide)]
     # Each chunk, and each group of two members or more, may leave one tile partly filled. Wide tiles are of
     # runs that are longer than a narrow tile.
     wide_chunks = min(max_seqs, max_tokens // (narrow + 1))
@@ -146,10 +165,11 @@ def make_limits(
     num_wide += min(groups, grouped // (narrow + 1)) + grouped // wide
     return Limits(
         max_tokens=max_tokens,
+        max_seqs=max_seqs,
         max_narrow=max_seqs + groups + cuts[0],
         max_wide=num_wide + cuts[1],
         max_group_tokens=grouped,
-        max_partials=2 * grouped + cuts[0] * narrow + cuts[1] * wide,
+        max_partials=2 * (grouped + cuts[0] * narrow + cuts[1] * wide),
     )
 
 
@@ -247,6 +267,7 @@ def fill(
     written = np.where(of_token > 1, of_token, 0)
     views["attention_parts"][:num_tokens, 0] = np.cumsum(written) - written
     views["attention_parts"][:num_tokens, 1] = of_token
+    views["attention_parts"][num_tokens:] = 0
 
     flags = np.full(len(length), IS_PART)
     flags[:split][total == 1] = 0
