@@ -129,7 +129,7 @@ def test_int4_is_the_same_with_scaled_weights_and_shorter_steps(
     assert relative_error(result, expected) < TOLERANCE[torch.bfloat16]
 
 
-@pytest.mark.parametrize(("warps", "slices", "block_rows"), [(4, 1, 32), (2, 4, 16), (8, 2, 32), (4, 4, 32)])
+@pytest.mark.parametrize(("warps", "slices", "block_rows"), [(4, 1, 32), (2, 4, 16), (8, 2, 32)])
 @pytest.mark.parametrize(
     ("inputs", "group", "zeros"),
     [(2048, 128, False), (1304, 128, True), (1280, 256, True), (1304, None, False)],
@@ -144,6 +144,26 @@ def test_int4_is_the_same_with_all_inputs_of_a_row_in_one_program(
     result = poisoned(11, 120, torch.bfloat16)
     linear.forward_fused(x.to(DEVICE), result, Int4Config(8, block_rows, 1, warps, 3, slices=slices))
     assert relative_error(result, expected) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("programs", [1, 3, 5, 8])
+@pytest.mark.parametrize(
+    ("group", "zeros", "is_scaled"), [(128, True, False), (256, True, True), (None, False, False)]
+)
+def test_int4_is_the_same_however_many_programs_share_the_steps(
+    programs: int, group: int | None, zeros: bool, is_scaled: bool
+) -> None:
+    inputs = 768 if group == 256 else 776
+    weight = random_int4(8, 100, inputs, group, zeros)
+    x = draw(5, 9, inputs, dtype=torch.bfloat16)
+    expected = x.double() @ dequantize_symmetric(weight).double().T
+    linear = Int4Linear(pack_int4(weight.to(DEVICE)), workspace())
+    config = Int4Config(8, 64, 1, 4, 2, is_scaled, programs=programs)
+    linear.reserve([(9, config)])
+    for _ in range(2):  # The counters must be zero again after a launch.
+        result = poisoned(9, 100, torch.bfloat16)
+        linear.forward_fused(x.to(DEVICE), result, config)
+        assert relative_error(result, expected) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.parametrize(("group", "zeros"), [(128, True), (None, False)])

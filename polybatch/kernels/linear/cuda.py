@@ -21,6 +21,7 @@ from polybatch.kernels.linear.cuda_config import Int4Config, int4_config
 from polybatch.kernels.linear.cuda_fp8 import quantize_tokens_kernel
 from polybatch.kernels.linear.cuda_int4 import dequantize_kernel, int4_linear_kernel
 from polybatch.kernels.linear.cuda_int4_rows import int4_rows_kernel
+from polybatch.kernels.linear.cuda_int4_stream import int4_stream_kernel
 from polybatch.kernels.linear.cuda_pack import K_TILE, ROW_TILE, Int4Layout, pack_int4
 from polybatch.kernels.linear.cuda_workspace import LinearWorkspace, check_product
 from polybatch.kernels.linear.quantize_symmetric import (
@@ -122,11 +123,13 @@ class Int4Linear:
 
     def reserve(self, configs: list[tuple[int, Int4Config]]) -> None:
         """Room for the partial sums of these (tokens, configuration) pairs."""
-        tiles = [-(-m // c.block_m) * (self.layout.rows // c.block_out) for m, c in configs]
-        cells = [t * c.split * c.block_out * c.block_m for t, (_, c) in zip(tiles, configs, strict=True)]
-        split = [cell for cell, (_, c) in zip(cells, configs, strict=True) if c.split > 1]
-        self._workspace.reserve("partials", max([1, *split]), torch.float32)
-        self._workspace.reserve("arrived", max(tiles), torch.int32)
+        cells = tiles = 1
+        for num_tokens, config in configs:
+            m_tiles, out_tiles = -(-num_tokens // config.block_m), self.layout.rows // config.block_out
+            tiles = max(tiles, m_tiles * out_tiles)
+            cells = max(cells, config.partial_tiles(m_tiles, out_tiles) * config.block_m * config.block_out)
+        self._workspace.reserve("partials", cells, torch.float32)
+        self._workspace.reserve("arrived", tiles, torch.int32)
 
     def forward(self, x: torch.Tensor, out: torch.Tensor) -> None:
         num_tokens = x.shape[0]
@@ -173,7 +176,7 @@ class Int4Linear:
                 "EVEN_K": layout.num_in % (K_TILE * config.num_warps) == 0,
             }
             grid: tuple[int, ...] = (layout.rows // (config.block_out * config.slices), m_tiles)
-            arguments = (x, *tables, out, *sizes, x.stride(0), out.stride(0))
+            arguments: tuple[Any, ...] = (x, *tables, out, *sizes, x.stride(0), out.stride(0))
             return int4_rows_kernel, grid, arguments, options
         options |= {
             "BLOCK_OUT": config.block_out,
@@ -181,8 +184,14 @@ class Int4Linear:
             "EVEN_K": layout.num_in % K_TILE == 0,
             "SCALED": config.is_scaled and layout.is_grouped,
         }
+        out_tiles = layout.rows // config.block_out
         scratch = (self._workspace.buffer("partials"), self._workspace.buffer("arrived"))
-        grid = (m_tiles, layout.rows // config.block_out, config.split)
+        if config.programs:
+            options["K_TILES"] = layout.k_tiles
+            grid = (min(config.programs, out_tiles * layout.k_tiles), m_tiles)
+            arguments = (x, *tables, out, *scratch, *sizes[:-1], x.stride(0), out.stride(0))
+            return int4_stream_kernel, grid, arguments, options
+        grid = (m_tiles, out_tiles, config.split)
         arguments = (x, *tables, out, *scratch, *sizes, config.split, x.stride(0), out.stride(0))
         return int4_linear_kernel, grid, arguments, options
 

@@ -14,11 +14,13 @@ _ANY = 1 << 62
 
 @dataclass(frozen=True, slots=True)
 class Int4Config:
-    """Tile sizes, parts of the inputs, warps, pipeline stages of int4_linear_kernel.
+    """Tile sizes, parts of the inputs, warps, pipeline stages of one of the int4 kernels.
 
     is_scaled: scales multiply weights, not sums.
-    slices: if not 0, int4_rows_kernel instead, where a program takes this many blocks of rows over all inputs
-    (split is 1) and each warp a tile of 256 inputs at a time.
+    slices: if not 0, int4_rows_kernel, where a program takes this many blocks of rows over all inputs (split
+    is 1) and each warp a tile of 256 inputs at a time.
+    programs: if not 0, int4_stream_kernel in at most this many programs (split is 1).
+    With neither, int4_linear_kernel.
     """
 
     block_m: int
@@ -28,6 +30,7 @@ class Int4Config:
     num_stages: int
     is_scaled: bool = False
     slices: int = 0
+    programs: int = 0
 
     @property
     def columns(self) -> int:
@@ -38,7 +41,13 @@ class Int4Config:
     def parts_at_a_time(self) -> int:
         """Parts whose sums are loaded together at the end: up to 64 registers of them; 0 if not split."""
         per_thread = self.block_m * self.block_out // (32 * self.num_warps)
-        return 0 if self.split == 1 else max(1, min(8, 64 // per_thread))
+        return 0 if self.split == 1 and not self.programs else max(1, min(8, 64 // per_thread))
+
+    def partial_tiles(self, m_tiles: int, out_tiles: int) -> int:
+        """Tiles of sums in scratch memory."""
+        if self.programs:
+            return m_tiles * self.programs * 2
+        return m_tiles * out_tiles * self.split if self.split > 1 else 0
 
 
 def int4_config(num_tokens: int, rows: int, k_tiles: int) -> Int4Config:

@@ -33,7 +33,7 @@ def _pointers_of_pairs(
     STEPS: tl.constexpr,
     SLICES: tl.constexpr,
 ):
-    """[INNER, BLOCK_ROWS] places in a table for a step of the flat loop; tiles past the end: the spare row."""
+    """[INNER, BLOCK_ROWS] places in a table for a step of the loop; past the last tile, its spare row."""
     step = tl.minimum(step, SLICES * STEPS - 1)
     tile = (step % STEPS) // HALVES * INNER + tl.arange(0, INNER)
     row = (tl.program_id(0) + step // STEPS * slice_stride) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -115,7 +115,7 @@ def int4_rows_kernel(
         offsets = _load_pairs(offsets_ptr + at_0, ASSEMBLY)
         offsets_1 = _load_pairs(offsets_ptr + at_1, ASSEMBLY)
         offsets_2 = _load_pairs(offsets_ptr + at_2, ASSEMBLY)
-    for step in range(0, SLICES * STEPS):
+    for step in range(SLICES * STEPS):
         first_tile = (step % STEPS) // HALVES * INNER
         shift = step % HALVES * COLUMNS
         row = (tl.program_id(0) + step // STEPS * apart) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
