@@ -3,9 +3,10 @@
     python -m benchmarks.cuda.mixed_steps [--json FILE]
 
 Claim: both give the same logits, but for the order of sums of padded products, and a graph is slower by its
-padding at most while it spares the host the launches. Llama-3.1-8B's shape, random weights: 8 rows decode behind
-512 tokens beside one prompt of the rest of the step; without adapters, with one of rank 16 for all, and with rows
-without adapter beside five of ranks 8 to 64. Medians of the wall time of steps, each waited for.
+padding at most while it spares the host the launches. Llama-3.1-8B's shape, random weights: 8 rows decode
+behind 512 tokens beside one prompt of the rest of the step; without adapters, with one of rank 16 for all,
+and with rows without adapter beside five of ranks 8 to 64. Medians of the wall time of steps, each waited
+for.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def adapters(executor: CudaExecutor, ranks: tuple[int, ...]) -> list[AdapterWeig
             )
             for module, (out, into) in executor.spec.linear_shapes.items()
         }
-        made.append(AdapterWeights(f"a{number}", (layer,) * executor.spec.num_layers))
+        made.append(AdapterWeights(f"{number} of {ranks}", (layer,) * executor.spec.num_layers))
     return made
 
 

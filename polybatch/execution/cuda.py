@@ -319,18 +319,21 @@ class CudaExecutor:
         run_layers(self._weights, self._space, operations, filled.num_rows)
         return self._head(stage, filled, operations)
 
-    def _run_decode(self, num_rows: int, variant: Variant) -> None:
+    def _run_decode(self, num_rows: int, variant: Variant, is_rehearsal: bool) -> None:
         """What the graph of a decode step captures: all of it, over the first rows of the stage's arrays."""
         operations = self._graph_operations(self._decode, num_rows, variant)
         count = num_rows if self._ranks.rank == 0 else 0
         rows = self._decode.fields.on["logit_rows"][:count]
-        run_layers(self._weights, self._space, operations, num_rows)
+        run_layers(self._weights, self._space, operations, num_rows, self._num_layers(is_rehearsal))
         run_head(self._weights, self._space, operations, rows, num_rows)
 
-    def _run_mixed(self, num_rows: int, variant: Variant) -> None:
+    def _run_mixed(self, num_rows: int, variant: Variant, is_rehearsal: bool) -> None:
         """What the graph of a mixed step captures: the layers. How many logits follow differs by step."""
         operations = self._graph_operations(self._mixed, num_rows, variant)
-        run_layers(self._weights, self._space, operations, num_rows)
+        run_layers(self._weights, self._space, operations, num_rows, self._num_layers(is_rehearsal))
+
+    def _num_layers(self, is_rehearsal: bool) -> int | None:
+        return self._weights.num_telling_layers if is_rehearsal else None
 
     def _graph_operations(self, stage: Stage, num_rows: int, variant: Variant) -> StageOperations:
         plan = self._graph_plan(num_rows, stage is self._decode)

@@ -3,8 +3,8 @@
 One graph serves any set of chunks, adapters, contexts and prefixes, because its kernels read their work from
 device memory. A step takes the smallest graph that holds its rows; the rows left over write nothing. Products
 of up to some 256 rows are bound by their weights' bytes, so a wide ladder costs little; beyond, rungs are
-128 rows apart, which is what matrix products round up to anyway. Steps of more than MAX_MIXED_ROWS keep the
-device busy for longer than the host takes to launch them.
+64 and then 128 rows apart, as matrix products round up to as much. Steps of more than MAX_MIXED_ROWS keep
+the device busy for longer than the host takes to launch them.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ def ladder(max_rows: int) -> list[int]:
 
 def mixed_ladder(max_rows: int) -> list[int]:
     """As `ladder`, of mixed steps; empty where there are none."""
-    sizes = {16, 32, 64, 96, 128, *range(192, 513, 64), *range(640, MAX_MIXED_ROWS + 1, 128)}
+    sizes = {16, 32, 64, 96, 128, *range(192, 1025, 64), *range(1152, MAX_MIXED_ROWS + 1, 128)}
     if max_rows < MAX_MIXED_ROWS:
         sizes.add(max_rows)
     return sorted(size for size in sizes if 1 < size <= max_rows)
 
 
 class GraphLadder:
-    """Graphs of `run(rows, variant)` for every size, ascending, and every variant.
+    """Graphs of `run(rows, variant, False)` for every size, ascending, and every variant.
 
-    run: launches a step of so many rows on the current stream.
+    run: launches a step of so many rows on the current stream; with True, each of its kernels at least once.
     progress: told of graphs done and their number. Largest first, so that all share its memory.
     """
 
@@ -55,7 +55,7 @@ class GraphLadder:
         self,
         sizes: list[int],
         variants: Sequence[Variant],
-        run: Callable[[int, Variant], None],
+        run: Callable[[int, Variant, bool], None],
         device: torch.device,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -68,11 +68,11 @@ class GraphLadder:
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
                 # Kernels are compiled and libraries set up outside of the capture.
-                run(size, variant)
+                run(size, variant, True)
             torch.cuda.current_stream(device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=stream):
-                run(size, variant)
+                run(size, variant, False)
             self._graphs[size, variant] = graph
             if progress is not None:
                 progress(done, len(todo))

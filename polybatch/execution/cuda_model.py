@@ -7,6 +7,7 @@ fused (q, k, v; gate, up); what follows a product (adapter, bias, rotation, acti
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -86,6 +87,19 @@ class DeviceWeights:
             self.layers.append(_hold(weights.layer(index), place, pack, stored))
             if progress is not None:
                 progress(index + 1, spec.num_layers)
+
+    @property
+    def num_telling_layers(self) -> int:
+        """The first layers, so many that they launch every kernel that the others do."""
+
+        def kind(index: int, layer: Layer) -> tuple[object, ...]:
+            products = [(type(linear), linear.num_bytes) for linear in layer.products.values()]
+            norms = layer.q_norm is None, layer.k_norm is None
+            return self.spec.window(index), *products, *sorted(layer.biases), *norms
+
+        kinds = list(itertools.starmap(kind, enumerate(self.layers)))
+        # What joins two layers differs from what comes before the first.
+        return max(map(kinds.index, kinds)) + 2
 
     @property
     def num_bytes(self) -> int:
@@ -206,13 +220,22 @@ class StepOperations(Protocol):
         ...
 
 
-def run_layers(weights: DeviceWeights, space: Workspace, step: StepOperations, num_rows: int) -> None:
-    """One pass through all layers over the first num_rows rows of a step; `run_head` goes on from there."""
+def run_layers(
+    weights: DeviceWeights,
+    space: Workspace,
+    step: StepOperations,
+    num_rows: int,
+    num_layers: int | None = None,
+) -> None:
+    """One pass over the first num_rows rows of a step; `run_head` goes on from there.
+
+    num_layers: the first so many, in a rehearsal; None for all.
+    """
     residual, hidden = space.residual[:num_rows], space.hidden[:num_rows]
     qkv, attention = space.qkv[:num_rows], space.attention[:num_rows]
     gate_up, activated = space.gate_up[:num_rows], space.activated[:num_rows]
     step.embed(residual)
-    for index, layer in enumerate(weights.layers):
+    for index, layer in enumerate(weights.layers[:num_layers]):
         if index == 0:
             rms_norm(residual, layer.input_norm, weights.spec.rms_norm_eps, out=hidden)
         else:

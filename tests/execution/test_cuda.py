@@ -57,7 +57,7 @@ def test_a_mixed_batch_of_adapters_and_phases_gives_the_reference_logits(weights
 class Replays:
     """A ladder of graphs whose replays run what they would have captured."""
 
-    def __init__(self, sizes: list[int], run: Callable[[int, Variant], None]) -> None:
+    def __init__(self, sizes: list[int], run: Callable[[int, Variant, bool], None]) -> None:
         self.sizes, self._run = sizes, run
         self.replayed: list[tuple[int, Variant]] = []
 
@@ -66,7 +66,8 @@ class Replays:
 
     def replay(self, size: int, variant: Variant) -> None:
         self.replayed.append((size, variant))
-        self._run(size, variant)
+        self._run(size, variant, True)
+        self._run(size, variant, False)
 
 
 def test_what_graphs_capture_gives_the_reference_logits_of_any_step_that_fits(weights: HFWeights) -> None:
