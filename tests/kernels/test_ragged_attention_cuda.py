@@ -130,7 +130,7 @@ def run_both(case):
             out, arena, table.to(DEVICE), positions.to(DEVICE), on_device, scratch, heads, case.tiles,
             scale=heads.head_dim**-0.5, page_size=PAGE, window=case.window, lse=lse,
             max_narrow=work.num_narrow + 1 if 0 < work.num_narrow < limits.max_narrow else work.num_narrow,
-            max_wide=work.num_wide, is_decode=case.is_decode,
+            max_wide=work.num_wide, is_decode=case.is_decode, num_sms=case.num_sms,
         )  # fmt: skip
     assert not bool(scratch.counters.any())
     cu_tokens = torch.tensor([0, *counts.tolist()]).cumsum(0).int()

@@ -180,28 +180,20 @@ def _parts_of(token, rows, parts):
     return tl.load(at, mask=rows, other=0), tl.load(at + 1, mask=rows, other=0)
 
 
-# The step's arrays lie anywhere in one buffer: their alignment must not decide what is compiled.
-@triton.jit(
-    do_not_specialize=["table_stride"],
-    do_not_specialize_on_alignment=[
-        "table_ptr", "positions_ptr", "num_items_ptr", "items_ptr", "tokens_ptr", "parts_ptr",
-    ],
-)  # fmt: skip
-def ragged_attention_kernel(
-    q_ptr, q_stride, out_ptr, lse_ptr, pool_ptr, page_stride, table_ptr, table_stride, positions_ptr,
-    num_items_ptr, items_ptr, tokens_ptr, parts_ptr, partial_ptr, partial_lse_ptr, counters_ptr, scale,
+@triton.jit
+def _run_item(
+    program, q_ptr, q_stride, out_ptr, lse_ptr, pool_ptr, page_stride, table_ptr, table_stride, positions_ptr,
+    num_items, items_ptr, tokens_ptr, parts_ptr, partial_ptr, partial_lse_ptr, counters_ptr, scale,
     H: tl.constexpr, KH: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
     WINDOW: tl.constexpr, HAS_LSE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     START: tl.constexpr, WARPS: tl.constexpr, PREFETCH: tl.constexpr, MERGE_APART: tl.constexpr,
 ):  # fmt: skip
-    """Grid: room for items of one kind times key-value heads. START: one of the constants above."""
-    program = tl.program_id(0)
+    """An item for one key-value head, or nothing where there is none of this number."""
     G: tl.constexpr = H // KH
     V_OFFSET: tl.constexpr = KH * PAGE * D
     kv_head = program % KH
     # What the host planned. Loads depend on each other as little as can be: each is a wait for memory.
     item = items_ptr + program // KH * 8
-    num_items = tl.load(num_items_ptr)
     first, num_tokens, row = tl.load(item), tl.load(item + 1), tl.load(item + 2)
     begin, end, part = tl.load(item + 3), tl.load(item + 4), tl.load(item + 5)
     flags, first_position = tl.load(item + 6), tl.load(item + 7)
@@ -269,6 +261,41 @@ def ragged_attention_kernel(
                     )  # fmt: skip
         else:
             _store(acc, m, total, out_ptr, lse_ptr, rows, token, head, d, H, D, HAS_LSE)
+
+
+# The step's arrays lie anywhere in one buffer: their alignment must not decide what is compiled.
+@triton.jit(
+    do_not_specialize=["table_stride"],
+    do_not_specialize_on_alignment=[
+        "table_ptr", "positions_ptr", "num_items_ptr", "items_ptr", "tokens_ptr", "parts_ptr",
+    ],
+)  # fmt: skip
+def ragged_attention_kernel(
+    q_ptr, q_stride, out_ptr, lse_ptr, pool_ptr, page_stride, table_ptr, table_stride, positions_ptr,
+    num_items_ptr, items_ptr, tokens_ptr, parts_ptr, partial_ptr, partial_lse_ptr, counters_ptr, scale,
+    H: tl.constexpr, KH: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
+    WINDOW: tl.constexpr, HAS_LSE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    START: tl.constexpr, WARPS: tl.constexpr, PREFETCH: tl.constexpr, MERGE_APART: tl.constexpr,
+    LOOP: tl.constexpr,
+):  # fmt: skip
+    """Grid: room for items of one kind times key-value heads, or any with LOOP. START: see above."""
+    program = tl.program_id(0)
+    num_items = tl.load(num_items_ptr)
+    if LOOP:
+        for at in range(program, tl.maximum(num_items * KH, 1), tl.num_programs(0)):
+            _run_item(
+                at, q_ptr, q_stride, out_ptr, lse_ptr, pool_ptr, page_stride, table_ptr, table_stride,
+                positions_ptr, num_items, items_ptr, tokens_ptr, parts_ptr, partial_ptr, partial_lse_ptr,
+                counters_ptr, scale, H, KH, D, D_PAD, PAGE, WINDOW, HAS_LSE, ROWS, KEYS, START, WARPS,
+                PREFETCH, MERGE_APART,
+            )  # fmt: skip
+    else:
+        _run_item(
+            program, q_ptr, q_stride, out_ptr, lse_ptr, pool_ptr, page_stride, table_ptr, table_stride,
+            positions_ptr, num_items, items_ptr, tokens_ptr, parts_ptr, partial_ptr, partial_lse_ptr,
+            counters_ptr, scale, H, KH, D, D_PAD, PAGE, WINDOW, HAS_LSE, ROWS, KEYS, START, WARPS, PREFETCH,
+            MERGE_APART,
+        )  # fmt: skip
     if START == BESIDE:  # noqa: SIM102 the outer condition is known when compiling
         if program == tl.num_programs(0) - 1:
             gdc_wait()
@@ -362,6 +389,7 @@ def ragged_attention(
     max_wide: int | None = None,
     is_dependent: bool = False,
     is_decode: bool = False,
+    num_sms: int | None = None,
 ) -> None:
     """Attend the items of a plan; allocates nothing, so a graph can capture it.
 
@@ -378,6 +406,7 @@ def ragged_attention(
         page_table must have been on the device before that kernel began; q and kv_pages are read, and out
         written, after its end.
     is_decode: chunks are short and only shared prefixes are wide: take `tiles.shared` where there are both.
+    num_sms: of the device; no more wide programs of `tiles.shared` start, all of which narrow ones await.
     """
     num_narrow = work["attention_narrow_items"].shape[0] if max_narrow is None else max_narrow
     num_wide = work["attention_wide_items"].shape[0] if max_wide is None else max_wide
@@ -393,13 +422,17 @@ def ragged_attention(
     ):
         if not count:
             continue
-        ragged_attention_kernel[(count * heads.num_kv_heads,)](
+        is_looped = merge_apart and index == 1
+        num_programs = count * heads.num_kv_heads
+        if is_looped and num_sms is not None:
+            num_programs = min(num_programs, num_sms)
+        ragged_attention_kernel[(num_programs,)](
             q, q.stride(0), out, lse, kv_pages, kv_pages.stride(0), page_table, page_table.stride(0),
             positions, work["attention_num_items"][index:], work[items], work["attention_tokens"],
             work["attention_parts"], scratch.out, scratch.lse, scratch.counters, scale * LOG2_E,
             **sizes, KH=heads.num_kv_heads, PAGE=page_size, WINDOW=window or 0, ROWS=tile.rows,
             KEYS=tile.keys, START=start.value, WARPS=tile.num_warps, PREFETCH=tile.prefetch,
-            MERGE_APART=merge_apart, launch_pdl=is_dependent, num_warps=tile.num_warps,
+            MERGE_APART=merge_apart, LOOP=is_looped, launch_pdl=is_dependent, num_warps=tile.num_warps,
             num_stages=tile.num_stages, maxnreg=None if window else tile.max_registers,
         )  # fmt: skip
     if merge_apart:

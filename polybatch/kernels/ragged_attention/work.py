@@ -248,9 +248,13 @@ def fill(
 
     length = np.maximum(end - begin, 0)
     step = np.empty_like(length)
-    for chosen, tile in ((~is_wide, tiles.narrow), (is_wide, tiles.wide)):
+    # Prefixes are long and narrow programs fill what they leave: better slots left over than a second wave.
+    has_wide_chunk = bool(is_wide[:split].any())
+    for chosen, tile, rounding in (
+        (~is_wide, tiles.narrow, 0.5), (is_wide, tiles.wide, 0.5 if has_wide_chunk else 0.01)
+    ):  # fmt: skip
         slots = tiles.waves * _num_slots(heads, tile, num_sms)
-        step[chosen] = _cut(length[chosen], tile.keys, slots, tiles.min_part_keys)
+        step[chosen] = _cut(length[chosen], tile.keys, slots, tiles.min_part_keys, rounding)
     num_parts = np.maximum(-(-length // step), 1)
 
     # A token's parts are its group's, then its own.
@@ -404,10 +408,13 @@ def _tile(
     return owner, offset, np.minimum(most[owner], counts[owner] - offset), counts[owner] > narrow
 
 
-def _cut(length: IntArray, turn: int, num_slots: float, least: int) -> IntArray:
-    """Keys of each part of each tile, whole turns of the loop, at least one: equal work for every slot."""
+def _cut(length: IntArray, turn: int, num_slots: float, least: int, rounding: float) -> IntArray:
+    """Keys of each part of each tile, whole turns of the loop, at least one: equal work for every slot.
+
+    rounding: added to the number of parts before its fraction is dropped, at most 0.5.
+    """
     target = max(float(length.sum()) / num_slots, least)
-    num_parts = np.maximum((length / target + 0.5).astype(np.int64), 1)
+    num_parts = np.maximum((length / target + rounding).astype(np.int64), 1)
     step: IntArray = np.maximum(-(-length // (num_parts * turn)), 1) * turn
     return step
 
