@@ -29,9 +29,10 @@ ATTENTIONS = ("flash_attention_3", "flash_attention_2", "sdpa", "eager")
 
 CACHE_PAGE_TOKENS = 128
 TRIAL_REQUESTS = 16
-PEFT_REQUESTS = 64
+PEFT_MIXES = {"G5 peft": ("8", 64, 8), "peft, an adapter a row": ("64", 32, 4)}
+"""Figure: mix of adapters, requests, tokens out. Of a thousand, most rows have one of their own."""
+
 PEFT_INPUT_TOKENS = 256
-PEFT_OUTPUT_TOKENS = 32
 
 
 def continuous_batching(setup: Setup) -> Iterator[Figure]:
@@ -112,37 +113,46 @@ def _generate_batch(model: Any, workload: Workload) -> Timed:
 
 
 def mixed_adapters(setup: Setup) -> Iterator[Figure]:
-    """A small G5: one padded batch, 8 adapters in turn, through peft's `adapter_names`."""
+    """Batches through peft's `adapter_names`: a small G5 of 8 adapters in turn, and one for every row."""
     from peft import LoraConfig, get_peft_model
 
-    count, inputs, outputs = (
-        max(1, n // setup.shrink) for n in (PEFT_REQUESTS, PEFT_INPUT_TOKENS, PEFT_OUTPUT_TOKENS)
-    )
-    vocab_size = _settings(setup)["vocab_size"]
-    ranks, names = workloads.assign("8", count)
+    inputs = max(1, PEFT_INPUT_TOKENS // setup.shrink)
     modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model: Any = _model(setup, "sdpa")
-    for number, (name, rank) in enumerate(ranks.items()):
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=modules, init_lora_weights=False)
-        if number == 0:
-            model = get_peft_model(model, config, adapter_name=name, autocast_adapter_dtype=False)
-        else:
-            model.add_adapter(name, config, autocast_adapter_dtype=False)
-    model = model.to(setup.device, torch.bfloat16).eval()
-    mixed, plain = [], []
-    for run in range(-1, setup.runs):
+    known: set[str | None] = set()
+    for key, (mix, count, outputs) in PEFT_MIXES.items():
+        ranks, names = workloads.assign(mix, max(1, count // setup.shrink))
+        for name in dict.fromkeys(names):
+            if name is None or name in known:
+                continue
+            config = LoraConfig(r=ranks[name], lora_alpha=32, target_modules=modules, init_lora_weights=False)
+            with torch.device(setup.device):
+                if known:
+                    model.add_adapter(name, config, autocast_adapter_dtype=False)
+                else:
+                    model = get_peft_model(model, config, adapter_name=name, autocast_adapter_dtype=False)
+            known.add(name)
+        model = model.to(setup.device, torch.bfloat16).eval()
+
         # Each run's prompts are new; the first warms up.
-        workload = workloads.decode(count, outputs, run + 1, vocab_size, "8", inputs)
-        mixed.append(_padded(model, workload, names, setup.device))
-        plain.append(_padded(model, workload, ["__base__"] * count, setup.device))
-    tokens = count * outputs
-    values = tuple(round(tokens / timed.total_s, 2) for timed in mixed[1:])
-    base = statistics.median(tokens / timed.total_s for timed in plain[1:])
-    note = (
-        f"adapter_names, 8 adapters, {count} requests, {inputs} tokens in, {outputs} out; "
-        f"{base:.0f} out tok/s with every row on the base model"
-    )
-    yield Figure("G5 peft", statistics.median(values), "out tok/s", values, note=note)
+        _peft_speed(setup, model, mix, names, 2, 0)
+        speeds = [_peft_speed(setup, model, mix, names, outputs, run + 1) for run in range(setup.runs)]
+        values = tuple(round(speed, 2) for speed in speeds)
+        base = _peft_speed(setup, model, mix, ["__base__"] * len(names), outputs, setup.runs + 1)
+        note = (
+            f"adapter_names, {len(set(names))} adapters, {len(names)} requests, {inputs} tokens in, "
+            f"{outputs} out; {base:.0f} out tok/s with every row on the base model"
+        )
+        yield Figure(key, statistics.median(values), "out tok/s", values, note=note)
+
+
+def _peft_speed(
+    setup: Setup, model: Any, mix: str, names: Sequence[str | None], outputs: int, run: int
+) -> float:
+    """Tokens per second of a batch."""
+    inputs = max(1, PEFT_INPUT_TOKENS // setup.shrink)
+    workload = workloads.decode(len(names), outputs, run, _settings(setup)["vocab_size"], mix, inputs)
+    return len(names) * outputs / _padded(model, workload, names, setup.device).total_s
 
 
 def _padded(model: Any, workload: Workload, names: Sequence[str | None], device: str) -> Timed:

@@ -27,6 +27,7 @@ from polybatch.errors import ConfigError
 WARMUP_RUN = 999
 DECODE_BATCHES = (1, 32, 64, 128, 256)
 ADAPTER_BATCHES = (64, 256)
+CLUSTER = 64
 ADAPTER_SHARE = 0.9
 """Of the pool, what adapters may fill beside the KV of traffic at a moderate rate."""
 
@@ -251,6 +252,18 @@ def many_adapters(bench: Bench) -> Iterator[Figure]:
         yield Figure(f"G6 {num_adapters} adapters", best, "out tok/s", note=note, details=details)
 
 
+def clustered_adapters(bench: Bench) -> Iterator[Figure]:
+    """The many adapters again where, once CLUSTER distinct ones run, requests for one of them go first."""
+    setup = bench.setup
+    clustered = Bench(replace(setup, options={**setup.options, "adapter_cluster": CLUSTER}), bench.ceilings)
+    sweep = {f"{rate:g}": clustered.traffic(setup.many_adapters, rate, f"clustered at {rate:g}/s")
+             for rate in setup.rates}  # fmt: skip
+    best = max(served.out_tok_s for served in sweep.values())
+    details = {rate: asdict(served) for rate, served in sweep.items()}
+    key, note = f"G6 {setup.many_adapters} adapters, clustered", f"as above, --adapter-cluster {CLUSTER}"
+    yield Figure(key, best, "out tok/s", note=note, details=details)
+
+
 def many_adapters_ttft(bench: Bench) -> Iterator[Figure]:
     """First tokens with half as many adapters as fit in the pool, and with twice as many."""
     setup, fit = bench.setup, bench.num_fitting_adapters()
@@ -272,5 +285,6 @@ PIECES: dict[str, Callable[[Bench], Iterator[Figure]]] = {
     "G5": adapters,
     "G5steps": adapter_steps,
     "G6": many_adapters,
+    "G6cluster": clustered_adapters,
     "G6ttft": many_adapters_ttft,
 }

@@ -4,6 +4,7 @@
     G1 … G4       plain batch, decode steps, prefill, shared prefix
     G5 G5steps    adapters: throughput and decode steps
     G6 G6ttft     a thousand adapters: throughput under traffic, first tokens
+    G6cluster     the same, those that need running adapters first
     transformers  G1 by transformers' continuous batching
     peft          adapters mixed in one batch by peft
 
@@ -35,7 +36,7 @@ from benchmarks.cuda.figures import Figure
 from polybatch.bench import meter, results
 
 ENGINE_PIECES = ("G1", "G2", "G3", "G4", "G5", "G5steps", "G6", "G6ttft")
-GROUPS = (("ceilings",), ENGINE_PIECES, ("transformers",), ("peft",))
+GROUPS = (("ceilings",), ENGINE_PIECES, ("G6cluster",), ("transformers",), ("peft",))
 ALL = tuple(piece for group in GROUPS for piece in group)
 GRACE_S = 15.0
 """Between the polite end of a piece's time and the end of its process."""
@@ -210,7 +211,7 @@ def _pieces(arguments: argparse.Namespace) -> dict[str, Piece]:
         "ceilings": ceilings,
         "transformers": transformers,
         "peft": peft,
-        **{piece: ours(piece) for piece in ENGINE_PIECES},
+        **{piece: ours(piece) for piece in (*ENGINE_PIECES, "G6cluster")},
     }
 
 
