@@ -126,8 +126,10 @@ class Setup:
         shape = (self.num_pages, 2, self.heads.num_kv_heads, PAGE, self.heads.head_dim)
         return self.arena[layer].view(shape)
 
-    def launcher(self, tiles: Tiles, *, is_dependent: bool = True) -> Callable[[int], None]:
-        """launch(layer) under a configuration."""
+    def launcher(
+        self, tiles: Tiles, *, is_dependent: bool = True, at_capacity: bool = False
+    ) -> Callable[[int], None]:
+        """launch(layer) under a configuration; at_capacity: as a graph does, which knows no plan."""
         step = self.step
         limits = make_limits(
             self.heads,
@@ -135,7 +137,7 @@ class Setup:
             max_tokens=step.num_tokens,
             max_seqs=len(step.chunks),
             num_sms=NUM_SMS,
-            max_group_tokens=step.members * 16,
+            max_group_tokens=None if at_capacity else step.members * 16,
         )
         views = {name: np.zeros(shape, dtype) for name, (shape, dtype) in arrays(limits).items()}
         groups = [PrefixGroup(0, step.prefix, np.arange(step.members))] if step.members else []
@@ -146,12 +148,15 @@ class Setup:
         )  # fmt: skip
         device = {name: torch.from_numpy(view).to(DEVICE) for name, view in views.items()}
         scratch = cuda.make_scratch(self.heads, limits, DEVICE)
+        num_narrow = limits.max_narrow if at_capacity else work.num_narrow
+        num_wide = limits.max_wide if at_capacity and work.has_wide else work.num_wide
 
         def launch(layer: int) -> None:
             cuda.ragged_attention(
                 self.q, self.out, self.arena[layer], self.table_gpu, self.positions, device, scratch,
                 self.heads, tiles, scale=self.heads.head_dim**-0.5, page_size=PAGE, window=step.window,
-                max_narrow=work.num_narrow, max_wide=work.num_wide, is_dependent=is_dependent,
+                max_narrow=num_narrow, max_wide=num_wide, is_dependent=is_dependent,
+                is_decode=limits.is_decode, num_sms=NUM_SMS,
             )  # fmt: skip
 
         return launch
@@ -286,9 +291,9 @@ def run_check(task: tuple[str, Any]) -> tuple[str, float, float]:
     return name, worst, TOLERANCE[dtype]
 
 
-def time_step(setup: Setup, tiles: Tiles, *, is_dependent: bool) -> float:
+def time_step(setup: Setup, tiles: Tiles, *, is_dependent: bool = True, at_capacity: bool = False) -> float:
     """Seconds of one layer's launches: the median of graph replays over all layers."""
-    launch = setup.launcher(tiles, is_dependent=is_dependent)
+    launch = setup.launcher(tiles, is_dependent=is_dependent, at_capacity=at_capacity)
     repeats = max(1, 16 // setup.num_layers)
     launch(0)
     torch.cuda.synchronize()

@@ -36,7 +36,7 @@ from polybatch.kernels.ragged_attention.work import Heads, Limits, SharedTiles, 
 LOG2_E = 1.4426950408889634
 # How a launch starts: after the kernel before; while that one ends; beside it, which started so itself.
 AFTER, DEPENDENT, BESIDE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-MERGE_ROWS, MERGE_WARPS = 16, 4
+MERGE_ROWS, MERGE_WARPS = 8, 2  # small programs: all of 256 rows run at once
 # For 16-bit types and head dims up to 128; see `benchmarks/cuda/attention_prefix.py`.
 SHARED: SharedTiles | None = None
 
