@@ -69,13 +69,21 @@ SHARED = [
     Step("prefix 256 x (2048 + 96)", [(2143, 1)] * 256, 2048, 256),
     Step("prefix 256 x (2048 + 1)", [(2048, 1)] * 256, 2048, 256),
     Step("prefix 64 x (2048 + 96)", [(2143, 1)] * 64, 2048, 64),
+    Step("prefix 12 x (2048 + 96)", [(2143, 1)] * 12, 2048, 12),
 ]
 UNCHANGED = [
     Step("decode 256 x 96", [(95, 1)] * 256),
     Step("decode 256 x 512", [(511, 1)] * 256),
+    Step("decode 64 x 512", [(511, 1)] * 64),
     Step("decode 64 x 1024", [(1023, 1)] * 64),
     Step("prefill 8 x 1024", [(0, 1024)] * 8),
+    Step("prefill 16 x 512", [(0, 512)] * 16),
+    Step("prefill 1 x 8192", [(0, 8192)]),
 ]
+# Microseconds in benchmarks/results/cuda/attention.json, of the same tiles.
+BEFORE = {
+    "decode 256 x 512": 186.1, "decode 64 x 512": 49.4, "prefill 16 x 512": 149.9, "prefill 1 x 8192": 1204.3
+}  # fmt: skip
 
 
 def worst_error(setup: Setup, expected: torch.Tensor, tiles: Tiles, *, at_capacity: bool) -> float:
@@ -124,7 +132,8 @@ def time_all(steps: list[Step], names: list[str]) -> list[dict[str, float | str]
             rows.append(row)
             print(
                 f"{step.name:26} {name:30} exact {row['us']:7.1f} graph {row['graph_us']:7.1f} us, "
-                f"reads alone {row['read_us']:6.1f}, {step.flop(LLAMA) / exact / 1e12:4.0f} TFLOP/s",
+                f"reads alone {row['read_us']:6.1f}, {step.flop(LLAMA) / exact / 1e12:4.0f} TFLOP/s"
+                + (f", before {BEFORE[step.name]:.1f}" if step.name in BEFORE else ""),
                 flush=True,
             )
         del setup
