@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import logging
 import time
+from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from polybatch.config import ModelSpec
 from polybatch.engine.ports import AdapterSource, TextTokenizer
@@ -168,7 +171,12 @@ def check_prompt(token_ids: Sequence[int], vocab_size: int, max_model_len: int) 
         for token in token_ids:
             if not isinstance(token, int) or isinstance(token, bool):
                 raise RequestError(f"prompt holds {token!r}; token ids are integers", field="prompt")
-    check_vocabulary("prompt", (min(token_ids), max(token_ids)), vocab_size)
+    try:
+        values = np.frombuffer(array("i", token_ids), np.int32)
+        extremes = int(values.min()), int(values.max())
+    except OverflowError:
+        extremes = min(token_ids), max(token_ids)
+    check_vocabulary("prompt", extremes, vocab_size)
 
 
 def check_vocabulary(field: str, ids: Iterable[int], vocab_size: int) -> None:
