@@ -19,7 +19,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
@@ -43,6 +43,7 @@ from polybatch.engine.designed_steps import (
 from polybatch.engine.llm import LLM
 from polybatch.engine.waited import waited_s
 from polybatch.errors import ConfigError
+from polybatch.execution.executor import AheadExecutor
 from polybatch.request import AdapterRef, Request, SamplingParams, Sequence
 from polybatch.scheduling.cost_fit import Sample, fit, quantile, relative_errors
 from polybatch.scheduling.cost_profile import FORMAT, CostProfile, EngineLimits, PoolShape
@@ -67,6 +68,9 @@ MAX_WAITED = 0.03
 
 MIN_UNDISTURBED = 3
 """Times that count of each step."""
+
+NUM_WATCHED, NUM_WATCHED_TOKENS = 4, 24
+"""Requests, and tokens of each, whose outputs are timed as a stream's."""
 
 MAX_GIVEN = 8
 """Adapters of the user that are measured besides random ones."""
@@ -101,11 +105,15 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What came of it. fitted, held_out: the measured steps on either side."""
+    """What came of it. fitted, held_out: the measured steps on either side.
+
+    row_output_s: what the host does for a row whose tokens are watched, which designed steps have not.
+    """
 
     model: CostModel
     fitted: tuple[Measured, ...]
     held_out: tuple[Measured, ...]
+    row_output_s: float = 0.0
 
     def errors(self) -> list[float]:
         """Relative errors of the steps that were held out."""
@@ -117,7 +125,8 @@ class Calibration:
 
     def profile(self, llm: LLM) -> CostProfile:
         """What there is to keep. llm: the engine that was measured."""
-        config, pool, model = llm.config, llm.core.executor.pool, self.model
+        config, pool = llm.config, llm.core.executor.pool
+        model = replace(self.model, per_logit=self.model.per_logit + self.row_output_s)
         spec = llm.spec
         row_values = sum(sum(shape) for shape in spec.linear_shapes.values()) * spec.num_layers
         limits = config.scheduler
@@ -172,7 +181,26 @@ def calibrate(
     row_sizes = tuple(getattr(executor, "graph_sizes", ()))
     mixed_sizes = tuple(getattr(executor, "mixed_graph_sizes", ()))
     model = fit([m.sample for m in measured[: len(fitted)]], row_sizes, mixed_sizes)
-    return Calibration(model, tuple(measured[: len(fitted)]), tuple(measured[len(fitted) :]))
+    row_output_s = 0.0 if isinstance(executor, AheadExecutor) else _row_output_s(llm)
+    return Calibration(model, tuple(measured[: len(fitted)]), tuple(measured[len(fitted) :]), row_output_s)
+
+
+def _row_output_s(llm: LLM) -> float:
+    """Seconds that the host takes for a token's text and output where a client watches; median of some steps.
+
+    Where a device works ahead this is done while it computes.
+    """
+    core = llm.core
+    params = SamplingParams(temperature=0.0, max_tokens=NUM_WATCHED_TOKENS, ignore_eos=True)
+    for i in range(min(NUM_WATCHED, llm.config.scheduler.max_num_seqs)):
+        prompt = [1 + (7 * i + j) % 100 for j in range(NUM_WATCHED_TOKENS // 2)]
+        core.add_request(f"calibration-{i}", prompt, params, stream=True, cache_salt="calibration")
+    seconds = []
+    while core.has_work():
+        before = core.times.output_s
+        outputs = core.step()
+        seconds += [(core.times.output_s - before) / len(outputs)] if outputs else []
+    return quantile(seconds, 0.5)
 
 
 @contextmanager
@@ -298,7 +326,9 @@ class _StepBench:
             core.step()
             # Asking takes time that a device which waits for launches would wait for as well.
             if not self._is_ahead:
+                asked = time.perf_counter()
                 waited.append(waited_s())
+                core.leave_out(time.perf_counter() - asked)
         if self._is_ahead:
             core.step()
             waited.append(waited_s())

@@ -43,7 +43,8 @@ class Flight:
 
     logits: where the host samples. launch: where the device does; then positions are the indices of the
     PENDING tokens in their sequences, and ended the sequences that end with them. started: on `perf_counter`,
-    when its planning began. predicted_s: what was expected of it, None where nothing was.
+    when its planning began, or, where the step before left work, that step's end. predicted_s: what was
+    expected of it, None where nothing was.
     """
 
     plan: StepPlan
@@ -87,6 +88,8 @@ class EngineCore:
         self.costs = OnlineCost() if costs is None else costs
         self._clock = clock
         self._landed = 0.0
+        self._goes_on = False
+        """Whether the step before left work, so that the time since is the next one's."""
         self._sampler = Sampler(executor.spec.vocab_size)
         self._requests: dict[str, Progress] = {}
         self._live: dict[Sequence, Completion] = {}
@@ -174,7 +177,7 @@ class EngineCore:
                 self.step_log.planned(plan, now)
             self._advance(plan, now, started)
         except BaseException as error:
-            self._flight = None
+            self._flight, self._goes_on = None, False
             self.step_log.failed()
             message = str(error) if isinstance(error, EngineError) else f"a step failed: {error!r}"
             self._end(list(self._requests), FinishReason.ERROR, message)
@@ -184,7 +187,13 @@ class EngineCore:
             if isinstance(error, EngineError) or not isinstance(error, Exception):
                 raise
             raise EngineError(message) from error
-        return self.drain()
+        outputs = self.drain()
+        self._goes_on = bool(self._requests)
+        return outputs
+
+    def leave_out(self, seconds: float) -> None:
+        """Take time since the last step out of the next one's: that of whoever measures in between."""
+        self._landed += seconds
 
     def drain(self) -> list[RequestOutput]:
         """Outputs that no step has returned yet."""
@@ -271,7 +280,8 @@ class EngineCore:
 
     def _expect(self, flight: Flight, started: float) -> None:
         """Note what a step is expected to take; on a device that works ahead, while it runs."""
-        flight.started, costs = started, self.costs
+        is_after = self._goes_on and flight.launch is None
+        flight.started, costs = self._landed if is_after else started, self.costs
         flight.shape = shape_of(flight.plan, self.executor.pool.page_size)
         flight.predicted_s = costs.predict(flight.shape) if costs.is_ready else None
 

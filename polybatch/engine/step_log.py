@@ -29,8 +29,9 @@ class StepRecord(msgspec.Struct, array_like=True, frozen=True):
     """What one step held.
 
     index: from 0 since the engine's start. started_s: on the engine's clock.
-    duration_s: from its planning to its tokens, or from the end of the step before where that came later, as
-        it does where the device works ahead. predicted_s: what was expected of that, None where nothing was.
+    duration_s: to its tokens from the end of the step before, or, after a rest, from its planning; whatever
+        the engine does between two steps counts. predicted_s: what was expected of that, None where nothing
+        was.
     num_seqs: chunks. decode: newest tokens of sequences that decode, by adapter, "" for none.
     prefill: tokens of prompts, and of what is computed again after a preemption, by adapter.
     """

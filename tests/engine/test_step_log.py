@@ -161,3 +161,30 @@ def test_a_snapshot_survives_its_journey() -> None:
     assert [entry.name for entry in snapshot.resident] == ["a"]
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(snapshot), type=EngineSnapshot) == snapshot
     assert take_snapshot(core, 0).steps == []
+
+
+def test_time_between_two_steps_is_the_second_ones_and_a_rest_is_nobodys(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += 1.0
+        return now
+
+    monkeypatch.setattr("time.perf_counter", clock)
+    core = make_core()
+    for name, left_out in (("one", 0.0), ("two", 1000.0)):
+        add(core, name, 7)
+        num_seen = len(core.step_log.steps_after(-1))
+        while core.has_work():
+            core.step()
+            now += 1000.0
+            core.leave_out(left_out)
+        steps = core.step_log.steps_after(num_seen - 1)
+        between = (1000.0 - left_out) * (len(steps) - 1)
+        assert len(steps) > 2
+        assert sum(step.duration_s for step in steps) == pytest.approx(between, abs=20.0 * len(steps))
+        assert 0 < steps[0].duration_s < 1000.0
+        now += 1e6
