@@ -79,6 +79,7 @@ UNCHANGED = [
     Step("prefill 8 x 1024", [(0, 1024)] * 8),
     Step("prefill 16 x 512", [(0, 512)] * 16),
     Step("prefill 1 x 8192", [(0, 8192)]),
+    Step("200 decode + 512 prefill", [(511, 1)] * 200 + [(512, 512)]),
 ]
 # Microseconds in benchmarks/results/cuda/attention.json, of the same tiles.
 BEFORE = {
