@@ -1,6 +1,7 @@
 """Low-precision linear layers at the four fused shapes of Llama-3.1-8B, against cuBLAS in bfloat16.
 
     python -m benchmarks.cuda.linear [--quick] [--out linear.json]
+    python -m benchmarks.cuda.linear_sweep                            # candidates for few tokens
 
 Claim: with 4-bit weights a layer's linears take at most 1/3.3 of cuBLAS's time at 1 to 16 tokens, 1/3 at 32,
 1/2 at 64 and 1/1.3 at 128, and 1.15 of it in prefill from 2048 on. First every kernel is held to a float64
@@ -302,6 +303,8 @@ def describe(timing: Timing) -> str:
 
 def as_source(config: Int4Config) -> str:
     tail = ", is_scaled=True" if config.is_scaled else ""
+    tail += f", slices={config.slices}" if config.slices else ""
+    tail += f", programs={config.programs}" if config.programs else ""
     numbers = (config.block_m, config.block_out, config.split, config.num_warps, config.num_stages)
     return f"Int4Config({', '.join(map(str, numbers))}{tail})"
 

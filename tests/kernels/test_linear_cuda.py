@@ -147,18 +147,16 @@ def test_int4_is_the_same_with_all_inputs_of_a_row_in_one_program(
 
 
 @pytest.mark.parametrize("programs", [1, 3, 5, 8])
-@pytest.mark.parametrize(
-    ("group", "zeros", "is_scaled"), [(128, True, False), (256, True, True), (None, False, False)]
-)
+@pytest.mark.parametrize(("group", "zeros"), [(128, False), (256, True), (None, False)])
 def test_int4_is_the_same_however_many_programs_share_the_steps(
-    programs: int, group: int | None, zeros: bool, is_scaled: bool
+    programs: int, group: int | None, zeros: bool
 ) -> None:
     inputs = 768 if group == 256 else 776
     weight = random_int4(8, 100, inputs, group, zeros)
     x = draw(5, 9, inputs, dtype=torch.bfloat16)
     expected = x.double() @ dequantize_symmetric(weight).double().T
     linear = Int4Linear(pack_int4(weight.to(DEVICE)), workspace())
-    config = Int4Config(8, 64, 1, 4, 2, is_scaled, programs=programs)
+    config = Int4Config(8, 64, 1, 4, 2, programs=programs)
     linear.reserve([(9, config)])
     for _ in range(2):  # The counters must be zero again after a launch.
         result = poisoned(9, 100, torch.bfloat16)

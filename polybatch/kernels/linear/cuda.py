@@ -159,7 +159,7 @@ class Int4Linear:
         sizes = (x.shape[0], layout.num_in, layout.num_out, layout.rows, layout.k_tiles)
         options: dict[str, Any] = {
             "BLOCK_M": config.block_m,
-            "COLUMNS": config.columns,
+            "EVEN_K": layout.num_in % K_TILE == 0,
             "GROUPED": layout.is_grouped,
             "HAS_ZEROS": layout.offsets is not None,
             "SCALES_BF16": layout.scales_bf16,
@@ -167,30 +167,27 @@ class Int4Linear:
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
         }
+        out_tiles = layout.rows // config.block_out
         if config.slices:
             options |= {
                 "BLOCK_ROWS": config.block_out,
                 "INNER": config.num_warps,
+                "COLUMNS": config.columns,
                 "STEPS": -(-layout.k_tiles // config.num_warps) * (64 // config.columns),
                 "SLICES": config.slices,
                 "EVEN_K": layout.num_in % (K_TILE * config.num_warps) == 0,
             }
-            grid: tuple[int, ...] = (layout.rows // (config.block_out * config.slices), m_tiles)
+            grid: tuple[int, ...] = (out_tiles // config.slices, m_tiles)
             arguments: tuple[Any, ...] = (x, *tables, out, *sizes, x.stride(0), out.stride(0))
             return int4_rows_kernel, grid, arguments, options
-        options |= {
-            "BLOCK_OUT": config.block_out,
-            "REDUCED": config.parts_at_a_time,
-            "EVEN_K": layout.num_in % K_TILE == 0,
-            "SCALED": config.is_scaled and layout.is_grouped,
-        }
-        out_tiles = layout.rows // config.block_out
         scratch = (self._workspace.buffer("partials"), self._workspace.buffer("arrived"))
+        options |= {"BLOCK_OUT": config.block_out, "REDUCED": config.parts_at_a_time}
         if config.programs:
-            options["K_TILES"] = layout.k_tiles
+            options |= {"K_TILES": layout.k_tiles, "maxnreg": config.max_registers}
             grid = (min(config.programs, out_tiles * layout.k_tiles), m_tiles)
             arguments = (x, *tables, out, *scratch, *sizes[:-1], x.stride(0), out.stride(0))
             return int4_stream_kernel, grid, arguments, options
+        options |= {"COLUMNS": config.columns, "SCALED": config.is_scaled and layout.is_grouped}
         grid = (m_tiles, out_tiles, config.split)
         arguments = (x, *tables, out, *scratch, *sizes, config.split, x.stride(0), out.stride(0))
         return int4_linear_kernel, grid, arguments, options

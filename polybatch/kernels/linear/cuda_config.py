@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+MULTIPROCESSORS = 132
+"""Of an H100."""
+_REGISTERS = 65536
 _ANY = 1 << 62
 
 
@@ -19,7 +22,7 @@ class Int4Config:
     is_scaled: scales multiply weights, not sums.
     slices: if not 0, int4_rows_kernel, where a program takes this many blocks of rows over all inputs (split
     is 1) and each warp a tile of 256 inputs at a time.
-    programs: if not 0, int4_stream_kernel in at most this many programs (split is 1).
+    programs: if not 0, int4_stream_kernel in at most this many programs (split is 1), with scales on sums.
     With neither, int4_linear_kernel.
     """
 
@@ -42,6 +45,13 @@ class Int4Config:
         """Parts whose sums are loaded together at the end: up to 64 registers of them; 0 if not split."""
         per_thread = self.block_m * self.block_out // (32 * self.num_warps)
         return 0 if self.split == 1 and not self.programs else max(1, min(8, 64 // per_thread))
+
+    @property
+    def max_registers(self) -> int | None:
+        """Of a thread, so that all `programs` are resident at once; None: as many as the compiler likes."""
+        threads = 32 * self.num_warps * -(-self.programs // MULTIPROCESSORS)
+        limit = _REGISTERS // max(1, threads) // 8 * 8
+        return limit if self.programs and limit < 255 else None
 
     def partial_tiles(self, m_tiles: int, out_tiles: int) -> int:
         """Tiles of sums in scratch memory."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from polybatch.kernels.linear.cuda_int4 import _add_products, _load_pairs, _load_x, _scaled_planes
+from polybatch.kernels.linear.cuda_int4 import _add_products, _load_pairs, _load_x
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def _arrive(
     out_stride,
     programs,
     total,
-    STEPS: tl.constexpr,
+    K_TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     REDUCED: tl.constexpr,
@@ -69,8 +69,8 @@ def _arrive(
     """Count one part of a tile; if it was the last, add all and store the products."""
     CELLS: tl.constexpr = BLOCK_OUT * BLOCK_M
     # Programs of the tile's first and last steps; to the first of them, it is where its stretch ends.
-    first = ((tile * STEPS + 1) * programs - 1) // total
-    last = ((tile * STEPS + STEPS) * programs - 1) // total
+    first = ((tile * K_TILES + 1) * programs - 1) // total
+    last = ((tile * K_TILES + K_TILES) * programs - 1) // total
     if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == last - first:
         sums = tl.zeros([BLOCK_OUT, BLOCK_M], tl.float32)
         # Loads of several parts are under way together; the sum keeps the order of the inputs.
@@ -110,85 +110,66 @@ def int4_stream_kernel(
     out_stride,
     BLOCK_M: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
-    COLUMNS: tl.constexpr,  # of a tile's 64, in a step; 64 unless SCALED
     K_TILES: tl.constexpr,
     REDUCED: tl.constexpr,  # parts of a tile to add at a time
     EVEN_K: tl.constexpr,
     GROUPED: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     SCALES_BF16: tl.constexpr,
-    SCALED: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
     """A stretch of the list of steps for one tile of tokens; there are at least as many steps as programs."""
     # The interpreter does not multiply 16-bit floats rightly.
     dtype: tl.constexpr = x_ptr.dtype.element_ty if ASSEMBLY else tl.float32
     CELLS: tl.constexpr = BLOCK_OUT * BLOCK_M
-    HALVES: tl.constexpr = 64 // COLUMNS
-    STEPS: tl.constexpr = K_TILES * HALVES
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     m_tile = tl.program_id(1)
     out_tiles = rows // BLOCK_OUT
-    total = out_tiles * STEPS
+    total = out_tiles * K_TILES
     begin = program * total // programs
     end = (program + 1) * total // programs
     token = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     is_token = token < num_tokens
-    column = tl.arange(0, COLUMNS)
+    column = tl.arange(0, 64)
     local = tl.arange(0, BLOCK_OUT)
     x_ptrs = x_ptr + token[:, None] * x_stride + column[None, :]
     cell = local[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
     parts_ptrs = partials_ptr + m_tile * (programs * 2 * CELLS) + cell
     acc = tl.zeros([BLOCK_OUT, BLOCK_M], tl.float32)
-    ones = tl.full([BLOCK_OUT, COLUMNS], 1.0, tl.float32).to(dtype)
+    ones = tl.full([BLOCK_OUT, 64], 1.0, tl.float32).to(dtype)
     scales = tl.zeros([BLOCK_OUT], tl.int32)
     offsets = tl.zeros([BLOCK_OUT], tl.int32)
-    if GROUPED and not SCALED:
-        pair = begin % STEPS // HALVES * rows + begin // STEPS * BLOCK_OUT + local
+    if GROUPED:
+        pair = begin % K_TILES * rows + begin // K_TILES * BLOCK_OUT + local
         scales = _load_pairs(scales_ptr + pair, ASSEMBLY)
         if HAS_ZEROS:
             offsets = _load_pairs(offsets_ptr + pair, ASSEMBLY)
     for step in range(begin, end):
-        out_tile = step // STEPS
-        k_step = step % STEPS
-        tile = k_step // HALVES
-        shift = k_step % HALVES * COLUMNS
+        out_tile = step // K_TILES
+        tile = step % K_TILES
         row = out_tile * BLOCK_OUT + local
-        words = tl.load(words_ptr + tile * (rows * 64) + shift + row[:, None] * 64 + column[None, :])
-        at = x_ptrs + (tile * 256 + shift)
-        left = num_in - tile * 256 - shift
+        words = tl.load(words_ptr + tile * (rows * 64) + row[:, None] * 64 + column[None, :])
+        at = x_ptrs + tile * 256
+        left = num_in - tile * 256
         x0 = tl.trans(_load_x(at, is_token, left, column, dtype, EVEN_K))
         x1 = tl.trans(_load_x(at + 64, is_token, left - 64, column, dtype, EVEN_K))
         x2 = tl.trans(_load_x(at + 128, is_token, left - 128, column, dtype, EVEN_K))
         x3 = tl.trans(_load_x(at + 192, is_token, left - 192, column, dtype, EVEN_K))
-        if SCALED:
-            scale_pairs = tl.load(scales_ptr + tile * rows + row)
-            offset_pairs = scale_pairs
+        acc = _add_products(
+            acc, words, x0, x1, x2, x3, scales, offsets, ones, dtype,
+            GROUPED, HAS_ZEROS, SCALES_BF16, ASSEMBLY,
+        )  # fmt: skip
+        if GROUPED:
+            next_step = tl.minimum(step + 1, end - 1)
+            pair = next_step % K_TILES * rows + next_step // K_TILES * BLOCK_OUT + local
+            scales = _load_pairs(scales_ptr + pair, ASSEMBLY)
             if HAS_ZEROS:
-                offset_pairs = tl.load(offsets_ptr + tile * rows + row)
-            w0, w1, w2, w3 = _scaled_planes(
-                words, scale_pairs, offset_pairs, dtype, SCALES_BF16, HAS_ZEROS, ASSEMBLY
-            )
-            acc = tl.dot(w0, x0, acc)
-            acc = tl.dot(w1, x1, acc)
-            acc = tl.dot(w2, x2, acc)
-            acc = tl.dot(w3, x3, acc)
-        else:
-            acc = _add_products(
-                acc, words, x0, x1, x2, x3, scales, offsets, ones, dtype,
-                GROUPED, HAS_ZEROS, SCALES_BF16, ASSEMBLY,
-            )  # fmt: skip
-            if GROUPED:
-                next_step = tl.minimum(step + 1, end - 1)
-                pair = next_step % STEPS // HALVES * rows + next_step // STEPS * BLOCK_OUT + local
-                scales = _load_pairs(scales_ptr + pair, ASSEMBLY)
-                if HAS_ZEROS:
-                    offsets = _load_pairs(offsets_ptr + pair, ASSEMBLY)
-        if k_step == STEPS - 1:
+                offsets = _load_pairs(offsets_ptr + pair, ASSEMBLY)
+        if tile == K_TILES - 1:
             if not GROUPED:
                 acc *= tl.load(scales_ptr + row).to(tl.float32)[:, None]
-            if begin <= step - k_step:
+            if begin <= step - tile:
                 _store_in_place(
                     out_ptr + token[None, :] * out_stride + row[:, None],
                     acc.to(out_ptr.dtype.element_ty),
@@ -199,14 +180,14 @@ def int4_stream_kernel(
                 _store_in_place(parts_ptrs + program * 2 * CELLS, acc, cell >= 0, ASSEMBLY)
             acc = tl.zeros([BLOCK_OUT, BLOCK_M], tl.float32)
 
-    first_tile = begin // STEPS
-    last_tile = (end - 1) // STEPS
-    begins_inside = begin % STEPS != 0
-    ends_inside = end % STEPS != 0
+    first_tile = begin // K_TILES
+    last_tile = (end - 1) // K_TILES
+    begins_inside = begin % K_TILES != 0
+    ends_inside = end % K_TILES != 0
     if ends_inside:
         if not GROUPED:
             acc *= tl.load(scales_ptr + last_tile * BLOCK_OUT + local).to(tl.float32)[:, None]
-        slot = program * 2 + (begin <= last_tile * STEPS).to(tl.int32)
+        slot = program * 2 + (begin <= last_tile * K_TILES).to(tl.int32)
         tl.store(parts_ptrs + slot * CELLS, acc)
     # All threads' stores come before the count that publishes them.
     tl.debug_barrier()
@@ -214,10 +195,10 @@ def int4_stream_kernel(
     if begins_inside:
         _arrive(
             first_tile, parts_ptrs, counters, out_ptr, token, is_token, local, num_out, out_stride,
-            programs, total, STEPS, BLOCK_M, BLOCK_OUT, REDUCED,
+            programs, total, K_TILES, BLOCK_M, BLOCK_OUT, REDUCED,
         )  # fmt: skip
-    if ends_inside & ((first_tile != last_tile) | (begin % STEPS == 0)):
+    if ends_inside & ((first_tile != last_tile) | (begin % K_TILES == 0)):
         _arrive(
             last_tile, parts_ptrs, counters, out_ptr, token, is_token, local, num_out, out_stride,
-            programs, total, STEPS, BLOCK_M, BLOCK_OUT, REDUCED,
+            programs, total, K_TILES, BLOCK_M, BLOCK_OUT, REDUCED,
         )  # fmt: skip
