@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from batch_helpers import begin, row, until
+from batch_helpers import begin, grow_old, row, until
 from server_helpers import RunningServer
 
 from polybatch.server.admission import Admission
@@ -127,16 +127,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     config = {"data_dir": tmp_path_factory.mktemp("data")}
     with RunningServer("stub:step_s=0.005", config=config, max_num_seqs=4) as running:
         yield running
-
-
-def grow_old(server: RunningServer, batch_id: str) -> None:
-    """Let a batch be at nineteen twentieths of its window."""
-    service = server.state.batches
-    assert service is not None
-    old = service.batch(batch_id, "")
-    shift_s = int(0.95 * (old.expires_s - old.created_s))
-    old.created_s -= shift_s
-    old.expires_s -= shift_s
 
 
 def test_a_batch_whose_window_nears_its_end_is_done_beside_live_requests_without_pause(
