@@ -62,8 +62,12 @@ def _bad(message: str) -> RequestError:
     return RequestError(message, field="messages")
 
 
-def compile_template(source: str, max_s: float = MAX_RENDER_S) -> Callable[..., str]:
+def compile_template(
+    source: str, max_s: float = MAX_RENDER_S, *, name: str = "the checkpoint's chat template"
+) -> Callable[..., str]:
     """A function of keyword variables that renders the template within max_s seconds. Thread-safe.
+
+    name: what errors call it.
 
     Raises ModelError for a template that does not parse; the function raises RequestError where it
     fails on a conversation, with what the template itself says about it.
@@ -112,7 +116,7 @@ def compile_template(source: str, max_s: float = MAX_RENDER_S) -> Callable[..., 
     try:
         template = environment.from_string(source)
     except TemplateError as error:
-        raise ModelError(f"the checkpoint's chat template does not parse: {error}") from error
+        raise ModelError(f"{name} does not parse: {error}") from error
 
     def render(**variables: Any) -> str:
         deadline.at = time.monotonic() + max_s

@@ -194,6 +194,8 @@ class SchedulerConfig:
     adapter_cluster: distinct adapters in the running batch from which on those who need one of them are
         admitted before others; None for never.
     stage_times: (kind, mean seconds) of stages of workflows, where they are known; others are learned.
+
+    Raises ConfigError for what is out of range.
     """
 
     max_num_batched_tokens: int = 2048
@@ -218,6 +220,14 @@ class SchedulerConfig:
         cluster = self.adapter_cluster
         if cluster is not None and (not isinstance(cluster, int) or isinstance(cluster, bool) or cluster < 1):
             raise ConfigError(f"adapter_cluster is {cluster!r}; it must be a positive integer or None")
+        for kind, mean_s in self.stage_times:
+            if not isinstance(kind, str) or not kind:
+                raise ConfigError(f"stage_times has the stage {kind!r}; it must be a name")
+            is_number = isinstance(mean_s, (int, float)) and not isinstance(mean_s, bool)
+            if not is_number or not 0 < mean_s < float("inf"):
+                raise ConfigError(
+                    f"stage_times of {kind!r} is {mean_s!r}; it must be a positive number of seconds"
+                )
         # The list of policies is above this room, and only its names are wanted here.
         from polybatch.scheduling.policies import policy_named
 

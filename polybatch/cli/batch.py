@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import signal
 import sys
 import types
@@ -13,7 +14,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from polybatch.cli.options import EngineOptions, with_engine
+from polybatch.cli.options import ChatTemplate, EngineOptions, with_engine
 from polybatch.cli.progress import ProgressDisplay, summary_table
 from polybatch.cli.remote import api_key_of, refuse_engine_flags, run_batch
 from polybatch.errors import ConfigError
@@ -79,6 +80,7 @@ def batch(
             help="How the model writes tool calls: hermes, llama3_json or mistral. Default: by its template."
         ),
     ] = None,
+    chat_template: ChatTemplate = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")] = False,
 ) -> None:
     """Run every request of a file and write every answer.
@@ -99,12 +101,10 @@ def batch(
     """
     console = Console(stderr=True)
     if server is not None:
-        if served_model_name:
-            raise ConfigError("--served-model-name is the server's to choose: leave it out beside --server")
-        if scheduling_policy:
-            raise ConfigError("--scheduling-policy is the server's to choose: leave it out beside --server")
-        if tool_call_parser:
-            raise ConfigError("--tool-call-parser is the server's to choose: leave it out beside --server")
+        _refuse_servers_choice(
+            served_model_name=served_model_name, scheduling_policy=scheduling_policy,
+            tool_call_parser=tool_call_parser, chat_template=chat_template,
+        )  # fmt: skip
         refuse_engine_flags(engine)
         with ProgressDisplay(console, quiet) as display:
             progress, stopped_by = run_batch(
@@ -123,7 +123,7 @@ def batch(
     names = ModelNames((model, *(served_model_name or ())), tuple(adapters))
     if clash := set(names.base) & set(adapters):
         raise ConfigError(f"--served-model-name {clash.pop()} is also an adapter's name: choose another")
-    facts = _facts(engine, tool_call_parser)
+    facts = _facts(engine, tool_call_parser, chat_template)
     with closing(open_job(input_path, output_path, facts, resume=resume, overwrite=overwrite)) as job:
         total, ok, errors = job.journal.counts()
         if ok + errors == total:
@@ -131,8 +131,9 @@ def batch(
         else:
             _say_continued(job, console, quiet)
             progress, stopped_by = _run(
-                job, engine, names, scheduling_policy or DEFAULT_POLICY, tool_call_parser, console, quiet
-            )
+                job, engine, names, console, quiet, policy=scheduling_policy or DEFAULT_POLICY,
+                tool_call_parser=tool_call_parser, chat_template=chat_template,
+            )  # fmt: skip
             if stopped_by:
                 raise typer.Exit(_explain_stop(console, progress, output_path, stopped_by))
         if not quiet:
@@ -146,8 +147,22 @@ def _say_continued(job: Job, console: Console, quiet: bool) -> None:
         console.print(note, soft_wrap=True, highlight=False, markup=False)
 
 
-def _facts(engine: EngineOptions, tool_call_parser: str | None) -> dict[str, str]:
+def _refuse_servers_choice(**flags: object) -> None:
+    for name, value in flags.items():
+        if value:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} is the server's to choose: leave it out beside --server")
+
+
+def _facts(engine: EngineOptions, tool_call_parser: str | None, chat_template: str | None) -> dict[str, str]:
     """What besides the input changes answers; a job is continued only with the same."""
+    chosen: dict[str, str] = {}
+    if tool_call_parser is not None:
+        chosen["tool_call_parser"] = tool_call_parser
+    if chat_template is not None:
+        from polybatch.engine.chat_templates import template_source
+
+        chosen["chat_template"] = hashlib.sha256(template_source(chat_template).encode()).hexdigest()
     adapters = (f"{name}={weights_fingerprint(path)}" for name, path in sorted(engine.adapters().items()))
     return {
         "model": weights_fingerprint(engine.chosen_model()),
@@ -156,23 +171,25 @@ def _facts(engine: EngineOptions, tool_call_parser: str | None) -> dict[str, str
         "quantization": engine.quantization or "none",
         "max_model_len": str(engine.max_model_len or "auto"),
         "seed": str(engine.seed),
-    } | ({} if tool_call_parser is None else {"tool_call_parser": tool_call_parser})
+    } | chosen
 
 
 def _run(
     job: Job,
     engine: EngineOptions,
     names: ModelNames,
-    policy: str,
-    tool_call_parser: str | None,
     console: Console,
     quiet: bool,
+    *,
+    policy: str,
+    tool_call_parser: str | None,
+    chat_template: str | None,
 ) -> tuple[Progress, int | None]:
     """Load the model and run; returns the progress and the signal that stopped it, if one did."""
     from polybatch.cli.engines import open_core
 
     window = PLANNED if policy_named(policy).is_planning else Window(LOOK_AHEAD * engine.max_num_seqs)
-    with open_core(engine, console, quiet, policy=policy) as core:
+    with open_core(engine, console, quiet, policy=policy, chat_template=chat_template) as core:
         runner = Runner(job, core, names, window, tokenizer=core.tokenizer, tool_call_parser=tool_call_parser)
         with ProgressDisplay(console, quiet) as display, _stop_signals() as received:
             runner.run(should_stop=lambda: bool(received), report=display)

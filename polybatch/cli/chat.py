@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Protocol
 import typer
 from rich.console import Console
 
-from polybatch.cli.options import EngineOptions, with_engine
+from polybatch.cli.options import ChatTemplate, EngineOptions, with_engine
 from polybatch.cli.remote import RemoteModel, api_key_of, refuse_engine_flags
-from polybatch.errors import RequestError
+from polybatch.errors import ConfigError, RequestError
 from polybatch.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def chat(
     api_key: Annotated[
         str | None, typer.Option(help="For --server; better in the environment, as POLYBATCH_API_KEY.")
     ] = None,
+    chat_template: ChatTemplate = None,
 ) -> None:
     """Chat with the model. Type /help for what else there is."""
     from polybatch.cli.engines import open_core
@@ -54,10 +55,13 @@ def chat(
     with ExitStack() as stack:
         if server is None:
             model, adapters = engine.chosen_model(), tuple(engine.adapters())
-            core = stack.enter_context(open_core(engine, console, quiet=not is_terminal))
+            quiet = not is_terminal
+            core = stack.enter_context(open_core(engine, console, quiet, chat_template=chat_template))
             answers: Answers = CoreModel(core, params)
         else:
             refuse_engine_flags(engine, ("model", "model_name"))
+            if chat_template is not None:
+                raise ConfigError("--chat-template is the server's to choose: leave it out beside --server")
             wanted = engine.chosen_model() if engine.model or engine.model_name else None
             remote = stack.enter_context(closing(RemoteModel(server, api_key_of(api_key), wanted, params)))
             model, adapters, answers = remote.model, remote.adapters, remote

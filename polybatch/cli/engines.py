@@ -10,15 +10,22 @@ from rich.console import Console
 from polybatch.cli.options import EngineOptions
 from polybatch.engine import stub
 from polybatch.engine.core import EngineCore
+from polybatch.errors import ConfigError
 from polybatch.models.builtin import cache_dir
 
 
 @contextmanager
 def open_core(
-    options: EngineOptions, console: Console, quiet: bool, *, policy: str = "fcfs"
+    options: EngineOptions,
+    console: Console,
+    quiet: bool,
+    *,
+    policy: str = "fcfs",
+    chat_template: str | None = None,
 ) -> Iterator[EngineCore]:
     """The engine's core, closed on the way out. Raises ConfigError, ModelError or AdapterError."""
     if stub.is_stub(options.chosen_model()):
+        refuse_stub_template(chat_template)
         yield stub_core(options, policy)
         return
     from polybatch.engine.llm import LLM
@@ -27,9 +34,15 @@ def open_core(
         console.print(f"loading {options.chosen_model()}", markup=False, highlight=False)
         if not (cache_dir() / "kernels").is_dir():
             console.print("compiling kernels for this processor, which takes a while only this once")
-    settings = options.engine_settings() | {"policy": policy}
+    settings = options.engine_settings() | {"policy": policy, "chat_template": chat_template}
     with closing(LLM(options.chosen_model(), options.adapters(), **settings)) as llm:
         yield llm.core
+
+
+def refuse_stub_template(chat_template: str | None) -> None:
+    """Raise ConfigError for a chat template beside the stub."""
+    if chat_template is not None:
+        raise ConfigError("--chat-template is given, but the stub has none to replace: leave it out")
 
 
 def stub_core(options: EngineOptions, policy: str = "fcfs") -> EngineCore:

@@ -20,6 +20,14 @@ STUB_MODEL = "stub"
 
 _PANEL = "Model and engine"
 
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|TEXT", rich_help_panel=_PANEL, help="Jinja to use instead of the model's chat template."
+    ),
+]
+"""`--chat-template` of the commands that render conversations."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
@@ -65,6 +73,13 @@ class EngineOptions:
         typer.Option(
             rich_help_panel=_PANEL,
             help="For KV and adapters beside the weights, such as 2GiB; default a quarter of what is free.",
+        ),
+    ] = None
+    gpu_memory_utilization: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=_PANEL,
+            help="Share of the GPU's memory for weights, buffers, KV and adapters; default all that is free.",
         ),
     ] = None
     max_num_seqs: Annotated[

@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from polybatch.cli.info import show_bytes
-from polybatch.cli.options import EngineOptions, with_engine
+from polybatch.cli.options import ChatTemplate, EngineOptions, with_engine
 from polybatch.errors import ConfigError
 from polybatch.jobs.lines import Line, parse_line, read_lines
 from polybatch.jobs.runner import ModelNames
+from polybatch.jobs.tools.answer import template_variables
 from polybatch.request import AdapterRef, Request
 
 if TYPE_CHECKING:
@@ -34,8 +35,11 @@ def plan_job(
     ],
     expected_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Output tokens that a completion will have; default its max_tokens."),
+        typer.Option(
+            min=1, help="Output tokens of a completion whose row does not say; default its max_tokens."
+        ),
     ] = None,
+    chat_template: ChatTemplate = None,
     served_model_name: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="Another name for the base model in the input; repeat for more."),
@@ -51,7 +55,7 @@ def plan_job(
 
     if not input_path.is_file():
         raise ConfigError(f"input {input_path} is not a file")
-    door, config, pool, costs = _machine(engine)
+    door, config, pool, costs = _machine(engine, chat_template)
     names = ModelNames((engine.chosen_model(), *(served_model_name or ())), tuple(engine.adapters()))
     requests_of = _reader(door, names, _adapter_refs(engine, pool), expected_tokens)
     with open(input_path, "rb") as stream:
@@ -65,14 +69,18 @@ def plan_job(
         console.print("no time: run polybatch calibrate with the same model and flags once", highlight=False)
 
 
-def _machine(engine: EngineOptions) -> tuple[Door, SchedulerConfig, PoolSpec, StepCosts | None]:
+def _machine(
+    engine: EngineOptions, chat_template: str | None
+) -> tuple[Door, SchedulerConfig, PoolSpec, StepCosts | None]:
     """Tokenizer and limits, scheduler, pages and costs of the engine that these flags would open."""
+    from polybatch.engine.chat_templates import with_template
     from polybatch.engine.stub import is_stub
 
     if is_stub(engine.chosen_model()):
-        from polybatch.cli.engines import stub_core
+        from polybatch.cli.engines import refuse_stub_template, stub_core
         from polybatch.config import SchedulerConfig
 
+        refuse_stub_template(chat_template)
         core = stub_core(engine)
         config = SchedulerConfig(
             max_num_seqs=engine.max_num_seqs,
@@ -91,7 +99,8 @@ def _machine(engine: EngineOptions) -> tuple[Door, SchedulerConfig, PoolSpec, St
     loaded = load_model(model)
     settled = settle(asked, loaded.spec, adapter_bytes(engine.adapters().values(), resolve_dtype(asked)))
     costs = costs_for(cost_key(settled, model, loaded.fingerprint))
-    door = Door(loaded.spec, settled.scheduler.max_model_len, loaded.tokenizer)
+    tokenizer = with_template(loaded.tokenizer, chat_template)
+    door = Door(loaded.spec, settled.scheduler.max_model_len, tokenizer)
     return door, settled.scheduler, settled.pool, costs if costs.is_ready else None
 
 
@@ -116,9 +125,10 @@ def _reader(
         call = parse_line(line)
         adapter = names.adapter_of(call.model)
         ref = None if adapter is None else refs[adapter]
-        prompts = call.prompts or (door.encode_chat(call.messages),)
+        prompts = call.prompts or (door.encode_chat(call.messages, **template_variables(call)),)
         requests = [door.prepare(f"{line.number}.{k}", p, call.params) for k, p in enumerate(prompts)]
-        return [replace(r, adapter=ref, expected_tokens=expected_tokens, prompt=None) for r in requests]
+        expected = call.expected_tokens or expected_tokens
+        return [replace(r, adapter=ref, expected_tokens=expected, prompt=None) for r in requests]
 
     return requests_of
 

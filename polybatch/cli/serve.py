@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from polybatch.cli.options import EngineOptions, with_engine
+from polybatch.cli.options import ChatTemplate, EngineOptions, with_engine
+from polybatch.cli.service_flags import share_or_none, stage_times_of
 from polybatch.config import ServiceLevels
 from polybatch.errors import ConfigError
 from polybatch.scheduling.policies import POLICIES
@@ -112,6 +113,7 @@ def serve(
             help="How the model writes tool calls: hermes, llama3_json or mistral. Default: by its template.",
         ),
     ] = None,
+    chat_template: ChatTemplate = None,
     enable_auto_tool_choice: Annotated[bool, typer.Option(hidden=True)] = True,
     enable_chunked_prefill: Annotated[bool, typer.Option("--enable-chunked-prefill", hidden=True)] = True,
     disable_log_requests: Annotated[bool, typer.Option("--disable-log-requests", hidden=True)] = True,
@@ -176,7 +178,12 @@ def serve(
     ] = "serve",
     batch_slowdown: Annotated[
         float | None,
-        typer.Option(rich_help_panel=_LIMITS, help="Share by which rows of batches may lengthen live steps."),
+        typer.Option(
+            rich_help_panel=_LIMITS,
+            parser=share_or_none,
+            metavar="SHARE|none",
+            help="Share by which rows of batches may lengthen live steps; none: as far as deadlines allow.",
+        ),
     ] = 0.05,
     max_batch_step_ms: Annotated[
         float | None,
@@ -186,6 +193,14 @@ def serve(
         int | None,
         typer.Option(
             rich_help_panel=_LIMITS, help="From so many adapters in a step on, prefer those that run."
+        ),
+    ] = None,
+    stage_times: Annotated[
+        list[str] | None,
+        typer.Option(
+            rich_help_panel=_LIMITS,
+            metavar="NAME=SECONDS|FILE.json",
+            help="What stages of workflows take on average, where it is known; repeat for more.",
         ),
     ] = None,
     enable_lora: Annotated[bool, typer.Option(hidden=True)] = True,
@@ -260,6 +275,8 @@ def serve(
         "policy": scheduling_policy,
         "service": asdict(levels) if levels != ServiceLevels() else None,
         "adapter_cluster": adapter_cluster,
+        "stage_times": stage_times_of(stage_times or ()) or None,
+        "chat_template": chat_template,
     }
     llm = AsyncLLM(model, adapters, watch=Watch(stall_s=engine_hang_timeout), **settings)
     status = uvloop.run(run(llm, server))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from polybatch.cli.service_flags import stage_times_of
 from polybatch.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -62,6 +63,13 @@ def simulate(
         typer.Option(
             metavar="NAME=VALUE",
             help="A service level that the scheduler works for, such as target_tbt_s=0.03; repeat for more.",
+        ),
+    ] = None,
+    stage_times: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=SECONDS|FILE.json",
+            help="What stages of workflows take on average, if the scheduler shall know it; repeat for more.",
         ),
     ] = None,
     rate: Annotated[
@@ -127,6 +135,7 @@ def simulate(
     for name in policies:
         policy_named(name)
     levels = ServiceLevels.of(_service_levels(service or []))
+    known_stages = stage_times_of(stage_times or ())
     limits = None if slo is None else parse_slo(slo)
     machines, num_prefill = _machines(machine or ["h100-8b"], replicas, disaggregate)
     source = traffic_of(trace, workload, set_ or [], rate, requests, seed)
@@ -136,6 +145,7 @@ def simulate(
             policy=name,
             batching=batching,
             service=levels,
+            stage_times=tuple(known_stages.items()),
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
             max_tokens=max_tokens,
@@ -179,15 +189,16 @@ def traffic_of(
     return found if num is None else found.head(num)
 
 
-def _service_levels(pairs: list[str]) -> dict[str, float | bool]:
-    values: dict[str, float | bool] = {}
+def _service_levels(pairs: list[str]) -> dict[str, float | bool | None]:
+    words = {"true": True, "false": False, "none": None}
+    values: dict[str, float | bool | None] = {}
     for pair in pairs:
         name, _, text = pair.partition("=")
         try:
-            values[name] = text == "true" if text in ("true", "false") else float(text)
+            values[name] = words[text] if text in words else float(text)
         except ValueError as error:
             raise ConfigError(
-                f"--service is {pair!r}; it must be NAME=VALUE with a number, true or false"
+                f"--service is {pair!r}; it must be NAME=VALUE with a number, true, false or none"
             ) from error
     return values
 

@@ -25,6 +25,7 @@ from typing import TypeVar
 
 from polybatch.config import ModelSpec
 from polybatch.engine import messages as ms
+from polybatch.engine.chat_templates import with_template
 from polybatch.engine.connection import Connection, Watch
 from polybatch.engine.door import Door
 from polybatch.engine.front import AdapterTable, FrontModel, open_front
@@ -89,8 +90,8 @@ class EngineHealth:
 class AsyncLLM:
     """A base model with its adapters in a supervised engine process.
 
-    model, adapters, settings: as for `LLM`; model may be a stub. watch: when to restart the process.
-    Usable after `start`, or as an async context manager.
+    model, adapters, chat_template, settings: as for `LLM`; model may be a stub. watch: when to restart
+    the process. Usable after `start`, or as an async context manager.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class AsyncLLM:
         adapters: Mapping[str, str | Path] | None = None,
         *,
         tokenizer: TextTokenizer | None = None,
+        chat_template: str | None = None,
         watch: Watch | None = None,
         **settings: ms.Setting,
     ) -> None:
@@ -109,7 +111,7 @@ class AsyncLLM:
         self.adapter_paths = {name: str(path) for name, path in (adapters or {}).items()}
         self.observer = Observer()
         self._table = AdapterTable()
-        self._tokenizer = tokenizer
+        self._tokenizer, self._chat_template = tokenizer, chat_template
         self._reason = "it is loading the model"
         self._connection: Connection | None = None
         self._streams: dict[str, RequestStream] = {}
@@ -130,6 +132,7 @@ class AsyncLLM:
         self._front = await asyncio.to_thread(open_front, self.model)
         if self._tokenizer is None:
             self._tokenizer = self._front.tokenizer
+        self._tokenizer = with_template(self._tokenizer, self._chat_template)
         await self._open(is_restart=False)
         seed = self.settings.get("seed") or 0
         assert isinstance(seed, int)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,8 +61,11 @@ class EngineConfig:
         the available memory, or what max_num_seqs sequences of max_model_len can fill if that is less, and
         takes memory for more than half of it only while running sequences need it.
     max_num_batched_tokens: prefill tokens per step. max_num_seqs: sequences that run at once.
+    gpu_memory_utilization: instead of memory, the share of a GPU's memory that weights, buffers and pages may
+        take together; None is all that is free.
     policy: one of `polybatch.scheduling.policies.POLICIES`. service, adapter_cluster: as in
-        `SchedulerConfig`. executor: "auto", "cpu" (compiled) or "eager" (the torch reference).
+        `SchedulerConfig`; stage_times too, as a map.
+    executor: "auto", "cpu" (compiled) or "eager" (the torch reference).
     threads: of the executor; None is one per processor that this process may use.
     tensor_parallel_size: GPUs of this host that share the model, from `device` on.
     seed: for requests without their own.
@@ -82,9 +85,11 @@ class EngineConfig:
     policy: str = "fcfs"
     service: ServiceLevels = field(default_factory=ServiceLevels)
     adapter_cluster: int | None = None
+    stage_times: Mapping[str, float] = field(default_factory=dict)
     executor: str = "auto"
     threads: int | None = None
     tensor_parallel_size: int = 1
+    gpu_memory_utilization: float | None = None
 
     def __post_init__(self) -> None:
         _check_choice("dtype", self.dtype, ("auto", *CUDA_DTYPES))
@@ -106,6 +111,18 @@ class EngineConfig:
             raise ConfigError(f"tensor_parallel_size is {size!r}; it must be a positive number of GPUs")
         if self.memory is not None:
             parse_bytes(self.memory)
+        self._check_utilization()
+
+    def _check_utilization(self) -> None:
+        share = self.gpu_memory_utilization
+        if share is None:
+            return
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+            raise ConfigError(f"gpu_memory_utilization is {share!r}; it must be above 0 and at most 1")
+        if self.memory is not None:
+            raise ConfigError(
+                f"gpu_memory_utilization is {share:g} and memory is {self.memory!r}: give one of them"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +186,11 @@ def resolve(
             f"tensor_parallel_size is {config.tensor_parallel_size}; the {executor} executor has one device: "
             "use it with device 'cuda', or leave it at 1"
         )
+    if config.gpu_memory_utilization is not None and executor != "cuda":
+        raise ConfigError(
+            f"gpu_memory_utilization is {config.gpu_memory_utilization:g}, and the {executor} executor "
+            "uses no GPU: leave it out, or give memory instead"
+        )
     pages_per_seq = -(-wanted_len // PAGE_SIZE)
     all_layers = page_bytes * spec.num_layers
     if config.memory is None:
@@ -209,6 +231,7 @@ def resolve(
             policy=config.policy,
             service=config.service,
             adapter_cluster=config.adapter_cluster,
+            stage_times=tuple(config.stage_times.items()),
             enable_prefix_caching=config.enable_prefix_caching,
             reserve_pages=reserve_pages,
         ),

@@ -144,12 +144,16 @@ class EngineCore:
         priority: int = 0,
         stream: bool = False,
         cache_salt: str = "",
+        expected_tokens: int | None = None,
     ) -> None:
         """Check a request (`Door.prepare`) and queue it (`submit`). Raises RequestError."""
         self.submit(
-            self.door.prepare(request_id, prompt, params, adapter, priority=priority, cache_salt=cache_salt),
+            self.door.prepare(
+                request_id, prompt, params, adapter, priority=priority, cache_salt=cache_salt,
+                expected_tokens=expected_tokens,
+            ),
             stream=stream,
-        )
+        )  # fmt: skip
 
     def has_work(self) -> bool:
         return bool(self._requests) or bool(self._finished)

@@ -50,6 +50,7 @@ def settle(config: EngineConfig, spec: ModelSpec, adapter_bytes: int = 0) -> Res
             config.device,
             max_num_tokens=prefill_tokens(config) + config.max_num_seqs, max_num_seqs=config.max_num_seqs,
             max_num_logits=CUDA_SCORED_TOKENS + config.max_num_seqs, max_model_len=max_len,
+            utilization=config.gpu_memory_utilization,
         )  # fmt: skip
         if config.tensor_parallel_size > 1:
             available = max(0, available - RESERVE_BYTES)

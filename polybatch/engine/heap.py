@@ -3,19 +3,37 @@
 A model's libraries are some 200,000 objects. Once enough new ones have come, a full collection looks at all
 of them, a pause of about a tenth of a second in the midst of steps of ten milliseconds. Frozen objects are
 never looked at; reference counts free them as ever.
+
+Python freezes all or nothing, so of several engines in a process the last one gives the heap back.
 """
 
 from __future__ import annotations
 
 import gc
+import threading
+from collections.abc import Callable
+
+_lock = threading.Lock()
+_users: set[object] = set()
 
 
-def freeze_heap() -> None:
-    """Take everything there is now for permanent; to be called when start-up is over."""
-    gc.collect()
-    gc.freeze()
+def freeze_heap() -> Callable[[], None]:
+    """Take everything there is now for permanent; to be called when start-up is over.
 
+    Returns what ends that for its caller: the collector looks at everything again once nobody is left who
+    wants it frozen. Further calls do nothing.
+    """
+    user = object()
+    with _lock:
+        gc.collect()
+        gc.freeze()
+        _users.add(user)
 
-def unfreeze_heap() -> None:
-    """Let the collector look at everything again."""
-    gc.unfreeze()
+    def thaw() -> None:
+        with _lock:
+            if user in _users:
+                _users.remove(user)
+                if not _users:
+                    gc.unfreeze()
+
+    return thaw

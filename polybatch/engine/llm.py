@@ -17,11 +17,12 @@ from typing import Any
 
 from polybatch.adapters.store import AdapterStore
 from polybatch.config import ModelSpec, ServiceLevels
+from polybatch.engine.chat_templates import with_template
 from polybatch.engine.config import EngineConfig, ResolvedConfig, adapter_bytes, resolve_dtype
 from polybatch.engine.core import EngineCore
 from polybatch.engine.cost_files import cost_key, costs_for
 from polybatch.engine.executors import build_executor, settle
-from polybatch.engine.heap import freeze_heap, unfreeze_heap
+from polybatch.engine.heap import freeze_heap
 from polybatch.engine.ports import TextTokenizer
 from polybatch.engine.stats import EngineStats
 from polybatch.errors import ConfigError, EngineError, RequestError
@@ -43,7 +44,8 @@ class LLM:
     """A base model with its adapters, ready to answer.
 
     model: built-in name, Hugging Face directory or hub name, GGUF file, or "random:<config>".
-    adapters: name -> PEFT directory. tokenizer: instead of the checkpoint's.
+    adapters: name -> PEFT directory. tokenizer: instead of the checkpoint's. chat_template: the same, a file
+        of Jinja or the text itself.
     memory: for KV and adapters together, in bytes or as text such as "2GiB"; the weights come on top. None
         takes a quarter of the memory that is free, but never more than max_num_seqs sequences can fill; on a
         GPU all that is left.
@@ -69,20 +71,25 @@ class LLM:
         policy: str = "fcfs",
         service: ServiceLevels | Mapping[str, Any] | None = None,
         adapter_cluster: int | None = None,
+        stage_times: Mapping[str, float] | None = None,
         executor: str = "auto",
         threads: int | None = None,
         tensor_parallel_size: int = 1,
+        gpu_memory_utilization: float | None = None,
         tokenizer: TextTokenizer | None = None,
+        chat_template: str | None = None,
     ) -> None:
         config = EngineConfig(
             dtype=dtype, device=device, quantization=quantization, max_model_len=max_model_len,
             memory=memory, max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs,
             enable_prefix_caching=enable_prefix_caching, seed=seed, policy=policy, executor=executor,
             service=service if isinstance(service, ServiceLevels) else ServiceLevels.of(service or {}),
-            adapter_cluster=adapter_cluster,
+            adapter_cluster=adapter_cluster, stage_times=stage_times or {},
             threads=threads, tensor_parallel_size=tensor_parallel_size,
+            gpu_memory_utilization=gpu_memory_utilization,
         )  # fmt: skip
         loaded = load_model(str(model))
+        tokenizer = with_template(tokenizer or loaded.tokenizer, chat_template)
         needed = adapter_bytes((adapters or {}).values(), resolve_dtype(config))
         self.config = settle(config, loaded.spec, needed)
         runner = build_executor(loaded.weights, self.config, model=str(loaded.path or model))
@@ -97,7 +104,7 @@ class LLM:
             EngineCore(
                 runner,
                 scheduler,
-                tokenizer or loaded.tokenizer,
+                tokenizer,
                 store,
                 max_model_len=self.config.scheduler.max_model_len,
                 seed=seed,
@@ -105,7 +112,7 @@ class LLM:
             ),
             str(model),
         )
-        freeze_heap()
+        self._thaw = freeze_heap()
         try:
             for name, path in (adapters or {}).items():
                 self.add_adapter(name, path)
@@ -127,6 +134,7 @@ class LLM:
         self._boxes: dict[str, list[RequestOutput]] = {}
         self._num_requests = 0
         self._is_closed = False
+        self._thaw = lambda: None
 
     @property
     def spec(self) -> ModelSpec:
@@ -210,7 +218,7 @@ class LLM:
         """Stop threads and give memory back. Idempotent; nothing can be generated afterwards."""
         self._is_closed = True
         self.core.executor.close()
-        unfreeze_heap()
+        self._thaw()
 
     def __enter__(self) -> LLM:
         return self

@@ -47,6 +47,7 @@ def stub_core(
     enable_prefix_caching: bool = True,
     policy: str = "fcfs",
     service: Mapping[str, Any] | None = None,
+    stage_times: Mapping[str, float] | None = None,
     seed: int = 0,
 ) -> EngineCore:
     """The real loop and scheduler over `FakeExecutor`. Raises ConfigError for unknown options."""
@@ -57,6 +58,7 @@ def stub_core(
         max_model_len=max_model_len or STUB_MODEL_LEN,
         policy=policy,
         service=ServiceLevels.of(service or {}),
+        stage_times=tuple((stage_times or {}).items()),
         enable_prefix_caching=enable_prefix_caching,
     )
     pool = PoolSpec(num_pages, STUB_POOL.page_size, STUB_POOL.page_bytes, STUB_POOL.num_layers)

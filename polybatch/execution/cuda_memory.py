@@ -35,25 +35,34 @@ def pool_bytes(
     max_num_seqs: int,
     max_num_logits: int,
     max_model_len: int,
+    utilization: float | None = None,
 ) -> int:
     """Bytes that the weights and buffers leave for pages. Arguments as of `CudaExecutor`.
 
-    Raises ConfigError if nothing is left.
+    utilization: share of all the device's memory that this engine may take; None for most of what is free.
+    Raises ConfigError if nothing is left, or so much is not free.
     """
-    free = torch.cuda.mem_get_info(torch.device(device))[0]
+    free, total = torch.cuda.mem_get_info(torch.device(device))
+    usable = int(SHARE * free if utilization is None else utilization * total)
+    gib = 2.0**30
+    if usable > free:
+        raise ConfigError(
+            f"gpu_memory_utilization is {utilization:g}, {usable / gib:.1f} GiB of device {device}, of which "
+            f"only {free / gib:.1f} GiB are free: lower it, or free memory on the device"
+        )
     weights = weight_bytes(spec, dtype, quantization)
     num_sms = torch.cuda.get_device_properties(torch.device(device)).multi_processor_count
     step = step_bytes(
         spec, dtype, num_sms, max_num_tokens=max_num_tokens, max_num_seqs=max_num_seqs,
         max_num_logits=max_num_logits, max_model_len=max_model_len,
     )  # fmt: skip
-    left = int(SHARE * free) - weights - step - RESERVE
+    left = usable - weights - step - RESERVE
     if left <= 0:
-        gib = 2.0**30
+        allowed = "" if utilization is None else f", {usable / gib:.1f} of them by gpu_memory_utilization"
         raise ConfigError(
-            f"device {device} has {free / gib:.1f} GiB free; the weights take {weights / gib:.1f}, a step of "
-            f"{max_num_tokens:,} tokens and {max_num_logits:,} rows of logits {step / gib:.1f} and libraries "
-            f"{RESERVE / gib:.1f}, which leaves no room for pages: use a quantization, lower "
+            f"device {device} has {free / gib:.1f} GiB free{allowed}; the weights take {weights / gib:.1f}, "
+            f"a step of {max_num_tokens:,} tokens and {max_num_logits:,} rows of logits {step / gib:.1f} and "
+            f"libraries {RESERVE / gib:.1f}, which leaves no room for pages: use a quantization, lower "
             "max_num_batched_tokens or max_num_seqs, or free memory on the device"
         )
     return left

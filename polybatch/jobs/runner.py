@@ -50,6 +50,7 @@ class BatchEngine(Protocol):
         adapter: str | None,
         *,
         priority: int,
+        expected_tokens: int | None,
     ) -> None:
         """Queue a request. Raises RequestError if it can never run."""
         ...
@@ -238,7 +239,10 @@ class Runner:
             for k, prompt in enumerate(prompts):
                 request_id = f"{line.number}.{k}"
                 params = self._seeded(call.params, request_id)
-                self._engine.add_request(request_id, prompt, params, adapter, priority=BATCH_PRIORITY)
+                self._engine.add_request(
+                    request_id, prompt, params, adapter, priority=BATCH_PRIORITY,
+                    expected_tokens=call.expected_tokens,
+                )  # fmt: skip
                 row.request_ids.append(request_id)
         except RequestError as error:
             for request_id in row.request_ids:

@@ -41,6 +41,7 @@ class Call:
     prompts: a completion's prompts, text or token ids, at least one; empty for chat.
     params: log-probabilities included as `SamplingParams` counts them; max_tokens None means
     the rest of the context.
+    expected_tokens: of each completion, as far as the caller knows; an estimate, never a limit.
     tools: that may be called; None for none. tool_style: how the model writes calls, once that is known.
     """
 
@@ -49,6 +50,7 @@ class Call:
     params: SamplingParams
     messages: tuple[dict[str, Any], ...] = ()
     prompts: tuple[str | tuple[int, ...], ...] = ()
+    expected_tokens: int | None = None
     tools: ToolSettings | None = None
     tool_style: ToolStyle | None = None
 
@@ -62,7 +64,8 @@ _SAMPLING = frozenset(
      "frequency_penalty", "seed", "stop", "stop_token_ids", "min_tokens", "prompt_logprobs")
 )  # fmt: skip
 _FLAGS = frozenset(("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"))
-_COMMON = _SAMPLING | _FLAGS | STRUCTURED_FIELDS | {"model", "max_tokens", "logit_bias", "logprobs"}
+_COMMON = _SAMPLING | _FLAGS | STRUCTURED_FIELDS
+_COMMON |= {"model", "max_tokens", "logit_bias", "logprobs", "expected_tokens"}
 USED_FIELDS = {
     Endpoint.CHAT: _COMMON | {"messages", "max_completion_tokens", "top_logprobs", *TOOL_FIELDS},
     Endpoint.COMPLETIONS: _COMMON | {"prompt"},
@@ -88,6 +91,9 @@ FIXED_FIELDS: dict[str, tuple[object, ...]] = {
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
 }
+
+LIVE_FIELDS = ("deadlines", "workflow")
+"""What only live requests have: a row of a batch is answered whole, some time before its batch's end."""
 
 _REFUSED = frozenset(
     ("audio", "prediction", "reasoning_effort", "verbosity", "web_search_options", "stream_options",
@@ -116,10 +122,24 @@ def parse_call(endpoint: Endpoint, body: object) -> Call:
             f"model is {_show(model)}; it must be the name of the base model or of an adapter", field="model"
         )
     params = _sampling_params(endpoint, fields)
+    expected = _expected_tokens(fields)
     if endpoint is Endpoint.CHAT:
         messages = _messages(fields.get("messages"))
-        return Call(endpoint, model, params, messages=messages, tools=take_tools(fields))
-    return Call(endpoint, model, params, prompts=_prompts(fields.get("prompt")))
+        tools = take_tools(fields)
+        return Call(endpoint, model, params, messages=messages, expected_tokens=expected, tools=tools)
+    prompts = _prompts(fields.get("prompt"))
+    return Call(endpoint, model, params, prompts=prompts, expected_tokens=expected)
+
+
+def refuse_live_fields(fields: Mapping[str, Any]) -> None:
+    """Raise RequestError if a row of a batch has fields of live requests."""
+    for name in LIVE_FIELDS:
+        if fields.get(name) is not None:
+            raise RequestError(
+                f"{name} is for live requests; a row of a batch has one deadline, the end of its batch's "
+                "completion_window: remove it, or send the request live",
+                field=name,
+            )
 
 
 def _show(value: object) -> str:
@@ -127,7 +147,17 @@ def _show(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def _expected_tokens(fields: Mapping[str, Any]) -> int | None:
+    count = fields.get("expected_tokens")
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+        raise RequestError(
+            f"expected_tokens is {_show(count)}; it must be a positive integer", field="expected_tokens"
+        )
+    return count
+
+
 def _check_names(endpoint: Endpoint, fields: Mapping[str, Any]) -> None:
+    refuse_live_fields(fields)
     used = USED_FIELDS[endpoint]
     for name, value in fields.items():
         if name in used or name in LABELS:

@@ -34,7 +34,7 @@ class ServerCall:
     wants_prompt_logprobs: as a field of their own.
     priority: lower first. adapter_id, lora: as sent, None where absent. template: variables of the chat
     template. truncate_prompt_tokens: only so many of the prompt's last tokens are kept.
-    deadlines, workflow, expected_tokens: as in `polybatch.request.Request`.
+    deadlines, workflow: as in `polybatch.request.Request`.
     """
 
     call: Call
@@ -54,7 +54,6 @@ class ServerCall:
     template: dict[str, Any] = field(default_factory=dict)
     deadlines: Deadlines | None = None
     workflow: WorkflowStage | None = None
-    expected_tokens: int | None = None
 
     @property
     def is_chat(self) -> bool:
@@ -90,7 +89,6 @@ def parse_server_call(
         "truncate_prompt_tokens": _truncation(rest),
         "deadlines": deadlines_from(rest, headers or {}),
         "workflow": workflow_from(rest.pop("workflow", None), arrival_clock()),
-        "expected_tokens": _expected(rest),
     }
     rest.pop("deadlines", None)
     if endpoint is Endpoint.CHAT:
@@ -174,13 +172,6 @@ def _truncation(fields: dict[str, Any]) -> int | None:
         raise RequestError(
             f"truncate_prompt_tokens is {count}; it must be positive", field="truncate_prompt_tokens"
         )
-    return count
-
-
-def _expected(fields: dict[str, Any]) -> int | None:
-    count: int | None = _take(fields, "expected_tokens", int, None)
-    if count is not None and count < 1:
-        raise RequestError(f"expected_tokens is {count}; it must be positive", field="expected_tokens")
     return count
 
 

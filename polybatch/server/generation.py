@@ -211,7 +211,7 @@ async def prepare(state: ServerState, call: ServerCall, caller: Caller) -> Gener
                 tenant=caller.tenant,
                 deadlines=call.deadlines,
                 workflow=call.workflow,
-                expected_tokens=call.expected_tokens,
+                expected_tokens=call.call.expected_tokens,
                 # Who asks for a cache of its own shares nothing.
                 num_shared_tokens=(
                     0 if call.cache_salt else state.shared_prefixes.num_shared(caller.tenant, ids)

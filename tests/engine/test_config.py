@@ -55,6 +55,26 @@ def test_float16_is_for_the_gpu() -> None:
         resolved(dtype="float16", device="cpu")
 
 
+def test_a_share_of_a_gpus_memory_is_for_gpus_and_stands_alone() -> None:
+    assert resolved(device="cuda", gpu_memory_utilization=1).executor == "cuda"
+    with pytest.raises(ConfigError, match=r"is 0\.9, and the cpu executor uses no GPU: leave it out"):
+        resolved(gpu_memory_utilization=0.9)
+    with pytest.raises(ConfigError, match=r"0\.9 and memory is '2GiB': give one"):
+        EngineConfig(gpu_memory_utilization=0.9, memory="2GiB")
+    for bad in (0, -0.1, 1.01, 90, True, float("nan"), "0.9"):
+        with pytest.raises(ConfigError, match="above 0 and at most 1"):
+            EngineConfig(gpu_memory_utilization=bad)  # type: ignore[arg-type]
+
+
+def test_known_times_of_stages_reach_the_scheduler_and_must_be_times() -> None:
+    assert resolved(stage_times={"draft": 2, "check": 0.5}).scheduler.stage_times == (
+        ("draft", 2), ("check", 0.5),
+    )  # fmt: skip
+    for bad in ({"": 1.0}, {"draft": 0}, {"draft": "2"}, {"draft": True}, {5: 1.0}):
+        with pytest.raises(ConfigError, match="stage_times"):
+            resolved(stage_times=bad)
+
+
 def test_a_quantization_that_the_executor_lacks_is_refused() -> None:
     with pytest.raises(ConfigError, match="the cpu executor knows None, 'int8', 'int4'"):
         resolved(quantization="fp8")

@@ -193,6 +193,25 @@ def test_a_gpu_too_small_for_the_model_is_refused_with_numbers(monkeypatch: pyte
         cuda_memory.pool_bytes(spec, "bfloat16", None, "cuda", **limits)
 
 
+def test_a_share_of_a_gpus_memory_is_of_all_of_it_and_must_be_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = open_random("llama-3.1-8b")[0].spec
+    limits = {"max_num_tokens": 8448, "max_num_seqs": 256, "max_num_logits": 1280, "max_model_len": 8192}
+
+    class Properties:
+        multi_processor_count = 132
+
+    def pool(utilization: float) -> int:
+        return cuda_memory.pool_bytes(spec, "bfloat16", None, "cuda", utilization=utilization, **limits)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * 2**30, 80 * 2**30))
+    assert pool(0.75) - pool(0.5) == 20 * 2**30
+    with pytest.raises(ConfigError, match=r"is 0\.8, 64\.0 GiB .*only 60\.0 GiB are free: lower it"):
+        pool(0.8)
+    with pytest.raises(ConfigError, match=r"60\.0 GiB free, 16\.0 of them by gpu_memory_utilization"):
+        pool(0.2)
+
+
 def test_the_pool_is_what_the_executor_reports(weights: HFWeights) -> None:
     executor = cuda(weights)
     assert executor.pool == PoolSpec(96, 16, executor.pool.page_bytes, weights.spec.num_layers)

@@ -31,6 +31,7 @@ class EchoEngine:
         self.peak_requests = 0
         self.remembers = True
         self.seeds: dict[str, int | None] = {}
+        self.expected: dict[str, int | None] = {}
         self.submitted: list[str] = []
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -44,6 +45,7 @@ class EchoEngine:
         adapter: str | None,
         *,
         priority: int,
+        expected_tokens: int | None,
     ) -> None:
         assert priority == BATCH_PRIORITY
         ids = list(prompt.encode()) if isinstance(prompt, str) else list(prompt)
@@ -53,6 +55,7 @@ class EchoEngine:
         if self.remembers:
             self.submitted.append(request_id)
             self.seeds[request_id] = params.seed
+            self.expected[request_id] = expected_tokens
         self.peak_requests = max(self.peak_requests, len(self.waiting))
 
     def has_work(self) -> bool:

@@ -177,6 +177,18 @@ def test_the_table_names_the_way_to_a_time_and_expected_tokens_count(tmp_path: P
     assert "48 output tokens expected" in shown.stdout
 
 
+def test_a_rows_own_estimate_comes_before_that_for_all(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text(
+        completion_line("own", "x", model="stub", expected_tokens=3)
+        + completion_line("plain", "x", model="stub")
+    )
+    shown = CliRunner().invoke(
+        app, ["plan-job", str(source), "--model", "stub", "--expected-tokens", "9"], catch_exceptions=False
+    )
+    assert "12 output tokens expected" in shown.stdout
+
+
 @pytest.mark.parametrize("flags", [[], ["--scheduling-policy", "fcfs"]])
 def test_a_batch_answers_the_same_under_any_policy(tmp_path: Path, flags: list[str]) -> None:
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"

@@ -97,6 +97,14 @@ def test_a_bad_line_becomes_an_error_line_and_harms_no_other(
     assert row["response"]["body"]["error"]["message"] == row["error"]["message"]
 
 
+def test_what_a_row_says_of_its_length_reaches_the_engine(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text(completion_line("1", ["x", "y"], expected_tokens=7) + completion_line("2", "z"))
+    engine = EchoEngine()
+    run_job(source, tmp_path / "out.jsonl", engine)
+    assert engine.expected == {"1.0": 7, "1.1": 7, "2.0": None}
+
+
 def test_a_line_too_long_becomes_an_error_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("polybatch.jobs.lines.read_lines.__defaults__", (200,))
     rows = run_lines(tmp_path, completion_line("long", "x" * 500), completion_line("short", "x"))

@@ -100,6 +100,9 @@ def test_fields_that_ask_for_what_happens_anyway_are_accepted() -> None:
         (CHAT, {"max_tokens": 0}, "max_tokens"),
         (CHAT, {"max_tokens": 2.5}, "max_tokens"),
         (CHAT, {"stop": [1]}, "stop"),
+        (CHAT, {"expected_tokens": 0}, "expected_tokens"),
+        (CHAT, {"expected_tokens": True}, "expected_tokens"),
+        (COMPLETIONS, {"expected_tokens": 2.5}, "expected_tokens"),
         (CHAT, {"ignore_eos": "yes"}, "ignore_eos"),
         (CHAT, {"logprobs": 3}, "logprobs"),
         (CHAT, {"top_logprobs": 3}, "top_logprobs"),
@@ -147,6 +150,18 @@ def test_what_is_wrong_or_unsupported_is_refused_by_name(
     with pytest.raises(RequestError, match=name.split("[")[0]) as caught:
         parse_call(endpoint, body)
     assert caught.value.field == name
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("deadlines", {"e2e_ms": 500}), ("workflow", {"id": "w"}), ("deadlines", {})]
+)
+def test_a_row_has_no_deadline_but_its_batchs_window_and_says_so(name: str, value: Any) -> None:
+    with pytest.raises(
+        RequestError, match=f"{name} is for live requests.*completion_window: remove it"
+    ) as caught:
+        chat(**{name: value})
+    assert caught.value.field == name
+    assert chat(**{name: None}).expected_tokens is None
 
 
 def test_a_misspelt_field_is_met_with_the_right_name() -> None:

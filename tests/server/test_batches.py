@@ -71,21 +71,25 @@ def test_bad_lines_go_to_the_error_file_and_harm_no_other(server: RunningServer)
         row("unknown", model="nobody"),
         row("field", flavour="sweet"),
         row("stream", stream=True),
+        row("due", deadlines={"e2e_ms": 60_000}),
         row("long", prompt="x" * 2000),
         {**row("url"), "url": "/v1/chat/completions"},
     ]
-    done = until(server.openai, begin(server.openai, [row("a"), *bad, row("b")]).id)
+    good = [row("a"), row("b", expected_tokens=4)]
+    done = until(server.openai, begin(server.openai, [good[0], *bad, good[1]]).id)
     assert done.status == "completed"
     assert done.request_counts is not None
-    assert (done.request_counts.completed, done.request_counts.failed) == (2, 6)
+    assert (done.request_counts.completed, done.request_counts.failed) == (2, 7)
     assert lines_of(server.openai, done.output_file_id).keys() == {"a", "b"}
     errors = lines_of(server.openai, done.error_file_id)
-    assert errors.keys() == {None, "unknown", "field", "stream", "long", "url"}
+    assert errors.keys() == {None, "unknown", "field", "stream", "due", "long", "url"}
     assert errors["unknown"]["response"]["status_code"] == 404
     assert errors["unknown"]["error"]["code"] == "model_not_found"
     assert errors["field"]["response"]["status_code"] == 400
     assert "line 4" in errors["field"]["error"]["message"]
     assert "flavour" in errors["field"]["error"]["message"]
+    # It would be measured from when the row got its turn, and be kept by no policy that batches run under.
+    assert "completion_window" in errors["due"]["error"]["message"]
 
 
 @pytest.mark.parametrize(

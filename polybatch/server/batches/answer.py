@@ -18,6 +18,7 @@ from polybatch.errors import EngineError, PolybatchError, RequestError
 from polybatch.jobs.lines import Line, parse_envelope
 from polybatch.jobs.responses import error_body
 from polybatch.jobs.rows import Answer, failure
+from polybatch.jobs.schema import refuse_live_fields
 from polybatch.request import RequestOutput
 from polybatch.scheduling.policies import BATCH_PRIORITY
 from polybatch.server.auth import Caller
@@ -128,6 +129,7 @@ class RowAnswerer:
             )
         if not isinstance(body, dict):
             raise RequestError("body must be an object", field="body")
+        refuse_live_fields(body)
         policy = str(self._state.llm.settings.get("policy") or "fcfs")
         call = parse_server_call(endpoint, self._seeded(line, body), self._state.config, policy)
         if call.is_streamed:
