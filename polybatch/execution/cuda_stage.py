@@ -256,7 +256,7 @@ class StageOperations:
             self._scratch, shared.heads, shared.tiles, scale=spec.head_dim**-0.5, page_size=shared.page_size,
             window=window, max_narrow=self._limits.max_narrow if work is None else work.num_narrow,
             max_wide=self._limits.max_wide * self._has_wide if work is None else work.num_wide,
-            is_dependent=q.is_cuda,
+            is_dependent=q.is_cuda, is_decode=self._stage.limits.is_decode, num_sms=shared.num_sms,
         )  # fmt: skip
 
     def product(self, layer: int, name: str, x: torch.Tensor, out: torch.Tensor) -> None:
