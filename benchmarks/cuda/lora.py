@@ -144,7 +144,7 @@ def run(results: dict, layers: int, seed: int, *, is_quick: bool) -> None:
         if name not in ("no adapter, 64 rows", "1 adapter, 1 row", "8 adapters, 256 rows"):
             per_launch(name, step, base, results["launches"])
     for name, counts in (("1 adapter, 8192 tokens", [8192]), ("25 adapters, 8192 tokens", [327] * 25)):
-        step = Step(pool, segments_of(counts), sum(counts), wide=True)
+        step = Step(pool, segments_of(counts), sum(counts), wide=True, is_fused=True)
         measure(name, step, base, results["steps"], 5)
         per_launch(name, step, base, results["launches"])
     if not is_quick:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -59,13 +60,19 @@ class _Compiled:
 
 
 @contextlib.contextmanager
-def rehearsal(processes: int) -> Iterator[tuple[ForkedCompiler, list[str]]]:
+def rehearsal(
+    processes: int, others: Sequence[tuple[ModuleType, ModuleType]] = ()
+) -> Iterator[tuple[ForkedCompiler, list[str]]]:
     """What runs inside only notes the kernels that it launches, which then compile in child processes.
 
+    others: modules that stand in the place of `lora.cuda` and `lora.cuda_fused`.
     Yields the compiler and, empty until all are compiled, what failed.
     """
     global _is_rehearsal
-    kept = [(module, name, getattr(module, name)) for module, names in _KERNELS for name in names]
+    places = [*_KERNELS]
+    for pair in others:
+        places += zip(pair, [names for _, names in _KERNELS], strict=False)
+    kept = [(module, name, getattr(module, name)) for module, names in places for name in names]
     distance = lora_layers.distance
     _is_rehearsal, lora_layers.distance = True, lambda got, expected: 0.0
     for module, name, kernel in kept:
@@ -230,14 +237,17 @@ def tune(pool: Pool, base: Base, results: list) -> None:
             (segments_of([256]), 256), ([], 256),
         )
     ]  # fmt: skip
-    wide = [Step(pool, segments_of(counts), sum(counts), wide=True) for counts in ([8192], [327] * 25)]
-    norms = [(1 << 16, 16), (1 << 14, 16), (1 << 14, 8), (1 << 15, 8)]
+    wide = [
+        Step(pool, segments_of(counts), sum(counts), wide=True, is_fused=True)
+        for counts in ([8192], [327] * 25)
+    ]
+    norms = [(1 << 14, 8, 2), (1 << 14, 8, 1), (1 << 15, 16, 2), (1 << 16, 16, 1)]
     options = {
-        "SILU_ROWS": ("silu_mul", narrow, [(512, 16, 8, 4), (1024, 16, 8, 8), (512, 16, 8, 8)]),
+        "SILU_ROWS": ("silu_mul", narrow, [(512, 64, 16, 8, 4), (512, 128, 16, 8, 4), (1024, 64, 16, 8, 8)]),
         "NORM_ROWS": ("norm of o", narrow[1:], norms),
         "NORM_ROWS_ALONE": ("norm of o", narrow[:1], norms),
         "WRITE_ROWS": ("write_kv", narrow, [(4, 16, 2), (2, 16, 2), (4, 16, 4)]),
-        "SILU_TILES": ("silu_mul", wide, [(64, 8, 4, 3), (64, 14, 4, 3), (64, 8, 8, 3)]),
+        "SILU_TILES": ("silu_mul", wide, [(64, 4, 3), (64, 8, 3), (128, 8, 3)]),
         "NORM_TILES": (
             "norm of o",
             wide,

@@ -107,7 +107,7 @@ class Stage:
         self, shared: Shared, max_tokens: int, max_seqs: int, max_logits: int, *, wide: bool
     ) -> None:
         self.shared = shared
-        self._wide = wide
+        self._wide, self._can_fuse = wide, shared.can_fuse
         spec = shared.spec
         self.windows = sorted({spec.window(i) for i in range(spec.num_layers)}, key=lambda w: w or 0)
         self.limits = self.limits_for(max_tokens, max_seqs)
@@ -160,7 +160,7 @@ class Stage:
             templates = shared.adapters.templates
             filled.lora = lora_work.fill(
                 views, segments, templates, shared.lora.shapes, shared.max_h,
-                num_rows=num_rows, wide=self._wide, graph=graph,
+                num_rows=num_rows, wide=self._wide, graph=graph, is_fused=self._can_fuse,
             )  # fmt: skip
         else:
             views["lora_bounds"][:1] = 0

@@ -148,7 +148,7 @@ def test_tiles_cover_each_token_once_and_rounds_never_overlap_in_scratch(lengths
         for variant in (work.NARROW, work.WIDE):
             first_item, last_item, low, high = views["lora_bounds"][round_, variant, 0].tolist()
             assert plan.rounds[round_][variant] >= (high > low)
-            items = views["lora_items"][first_item:last_item]
+            items = views["lora_items"][0, first_item:last_item]
             assert set((items // work.TILE_ITEMS).tolist()) == {
                 t for t in range(low, high) if views["lora_tiles"][t, 0, work.RANK]
             }
@@ -231,15 +231,21 @@ def test_units_hold_every_row_once_but_those_of_wide_tiles_and_plain_kernels(spa
     assert len(units) == (plan.num_units or len(units)) <= num_rows
     held, parts = [], {}
     for first, count, tile, part in units.tolist():
-        if count == work.DENSE:
-            parts.setdefault(tile, []).append(part)
-            count = views["lora_tiles"][tile, 0, work.NUM_TOKENS] * (part == 0)
-        else:
-            assert count <= (work.BASE_ROWS if tile == work.ABSENT else work.LEAD_ROWS - 1)
         rows = range(first, first + count)
-        assert all(views["lora_rows"][work.TILE, row] == tile for row in rows)
-        held += rows
-    assert all(sorted(given) == list(range(work.LEAD_ROWS)) for given in parts.values())
+        if tile == work.ABSENT:
+            assert count <= work.BASE_ROWS
+            assert all(views["lora_rows"][work.TILE, row] == tile for row in rows)
+        else:
+            assert count <= work.RUN_ROWS
+            parts.setdefault((tile, count), []).append(part)
+            assert [views["lora_rows"][work.TILE, row] for row in rows] == [
+                tile + i // 16 for i in range(count)
+            ]
+            assert [views["lora_rows"][work.TOKEN, row] for row in rows] == [i % 16 for i in range(count)]
+        held += rows if part == 0 else ()
+    for (_, count), found in parts.items():
+        shared_by = work.LEAD_ROWS if count >= work.LEAD_ROWS else 1
+        assert sorted(found) == list(range(work.RUN_UNITS if count > 16 else shared_by))
     is_wide = [wide and stop - start >= work.WIDE_TOKENS for start, stop, _ in segments]
     skipped = {r for (a, b, _), w in zip(segments, is_wide, strict=True) if w for r in range(a, b)}
     assert sorted(held) == [row for row in range(plan.num_base, num_rows) if row not in skipped]

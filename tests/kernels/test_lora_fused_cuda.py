@@ -34,6 +34,7 @@ CASES = {
     "no adapter": ([], False, 3),
     "long chunks alone": ([(0, 70, 0), (70, 134, 1)], True, 134),
     "a long chunk of few rows of B": ([(0, 70, 1)], True, 71),
+    "runs of tiles, the last not full": ([(0, 37, 0), (38, 60, 1)], False, 61),
     "tiles of all rows that share them": ([(0, 16, 0), (16, 21, 1)], False, 21),
     "long and short chunks": ([(0, 3, 1), (5, 75, 0)], True, 78),
     "rows before, between and after chunks": ([(6, 8, 2), (9, 80, 0)], True, 82),
@@ -114,7 +115,7 @@ def test_chosen_rows_get_their_adapters_wherever_their_tile_begins(case):
 
 @pytest.mark.parametrize("elements", [1, 1 << 10, 1 << 16])
 def test_the_norm_takes_rows_of_b_in_turns_of_any_size(elements, monkeypatch):
-    monkeypatch.setattr(cuda_fused, "NORM_ROWS", (elements, 4))
+    monkeypatch.setattr(cuda_fused, "NORM_ROWS", (elements, 4, 2))
     test_the_norm_gets_the_adapters_of_o_and_down_and_writes_in_place("rows that share a program", O)
 
 
@@ -167,3 +168,39 @@ def test_any_segments_reach_the_norm(case, group, seed):
     expected = rms_norm(step.expected, weight, 1e-5, residual=residual.clone())
     step.fused.rms_norm(group, 1, step.memory, step.y, weight, 1e-5, residual=residual, out=step.y)
     torch.testing.assert_close(step.y, expected, **CLOSE)
+
+
+@pytest.mark.parametrize(("max_h", "fits"), [(1 << 20, True), (1 << 16, False)])
+def test_down_of_long_chunks_needs_no_shrink_after_silu_mul_where_its_parts_fit(max_h, fits):
+    generator = torch.Generator().manual_seed(5)
+    modules, ranks = (*GROUPS[GATE_UP], *GROUPS[DOWN]), (17, 3, 40)
+    kinds = [
+        {m: ModuleRows(rank, i == 2, i == 0) for i, (m, rank) in enumerate(zip(modules, some, strict=True))}
+        for some in (ranks, ranks[::-1], (0, 0, 4))
+    ]
+    world = build_world(SHAPES, [[{}, kind] for kind in kinds], 2048, torch.float32, generator)
+    segments, n = [(0, 66, 0), (66, 68, 1), (69, 135, 1), (135, 199, 2)], 200
+    x, y = torch.randn(n, HIDDEN, generator=generator), torch.randn(n, 2 * WIDE, generator=generator)
+    base, residual, weight = torch.randn(3, n, HIDDEN, generator=generator)
+    views = arrays_of(LoraLimits(n, 8))
+    plan = work.fill(views, np.array(segments), world.templates, world.groups, max_h, num_rows=n, wide=True,
+                     is_fused=True)  # fmt: skip
+    assert plan.is_fusable
+    first, last, *tiles = views["lora_bounds"][0, work.WIDE, DOWN].tolist()
+    assert (first == last) == fits
+    parts = set(views["lora_tiles"][slice(*tiles), DOWN, work.PARTS].tolist())
+    assert parts == {work.DOWN_PARTS if fits else plan.wide_parts}
+    arrays = on_device(views)
+    lora = CudaLora(world.groups, torch.float32, CPU, max_h, num_programs=3)
+    lora.h.fill_(torch.nan)
+    fused = FusedLora(lora, world.words, arrays, plan, n)
+    memory = world.memory[1]
+    activated, out = torch.empty(n, WIDE), torch.empty(n, HIDDEN)
+    lora.shrink(GATE_UP, 1, x, memory, world.words, arrays, plan)
+    fused.silu_mul(1, memory, y, activated)
+    lora.shrink(DOWN, 1, activated, memory, world.words, arrays, plan)
+    fused.rms_norm(DOWN, 1, memory, base, weight, 1e-5, residual=residual.clone(), out=out)
+    wanted = silu_mul(expected_of(world, GATE_UP, 1, x, y, segments).float())
+    torch.testing.assert_close(activated, wanted, **CLOSE)
+    summed = expected_of(world, DOWN, 1, wanted, base, segments).float()
+    torch.testing.assert_close(out, rms_norm(summed, weight, 1e-5, residual=residual), **CLOSE)

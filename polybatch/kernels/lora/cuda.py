@@ -29,6 +29,7 @@ import triton.language as tl
 
 from polybatch.adapters.layout import ALIGN_BYTES
 from polybatch.kernels.lora.cuda_delta import (
+    KEEP,
     RECORD_FIRST,
     RECORD_NUM_TOKENS,
     TILE_STRIDE,
@@ -77,24 +78,32 @@ PROGRAMS_PER_SM = 8
 BESIDE_PER_SM = 8
 
 
-@triton.jit(do_not_specialize=["layer", "part_blocks", "num_parts"])
+@triton.jit(do_not_specialize=["layer", "part_blocks", "num_parts", "first_item", "max_items"])
 def shrink_kernel(
-    x, h, memory, words, tiles, items, bounds, stride_x, layer, part_blocks, num_parts,
+    x, h, memory, words, tiles, items, bounds, first_item, max_items, stride_x, layer,
+    part_blocks, num_parts,
     NUM_IN: tl.constexpr, UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr, STAGES: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """One program: some rows of A against one part of the columns of x, for one tile at a time."""
-    first_item = tl.load(bounds)
-    num_work = (tl.load(bounds + 1) - first_item) * num_parts
-    for work in range(tl.program_id(0), num_work, tl.num_programs(0)):
-        item = tl.load(items + first_item + work // num_parts)
+    """One program: some rows of A against one part of the columns of x, for one tile at a time.
+
+    first_item: the first in the list, which has room for max_items, -1 where `bounds` must be asked. A
+    program's first item is on its way before it knows whether there is one.
+    """
+    if first_item < 0:
+        first_item = tl.load(bounds, eviction_policy=KEEP)
+    last_item = tl.load(bounds + 1, eviction_policy=KEEP)
+    at_item = first_item + tl.program_id(0) // num_parts
+    item = tl.load(items + at_item, mask=at_item < max_items, other=0, eviction_policy=KEEP)
+    for work in range(tl.program_id(0), (last_item - first_item) * num_parts, tl.num_programs(0)):
         part = work % num_parts
         record = tiles + (item // _ITEMS) * TILE_STRIDE
-        first = tl.load(record + RECORD_FIRST)
-        num_tokens = tl.load(record + RECORD_NUM_TOKENS)
-        h_start = tl.load(record + _H_START)
-        rank = tl.load(record + _RANK)
-        word = tl.load(record + _A_WORD) + layer * tl.load(record + _STRIDE)
+        first = tl.load(record + RECORD_FIRST, eviction_policy=KEEP)
+        num_tokens = tl.load(record + RECORD_NUM_TOKENS, eviction_policy=KEEP)
+        h_start = tl.load(record + _H_START, eviction_policy=KEEP)
+        rank = tl.load(record + _RANK, eviction_policy=KEEP)
+        a_word = tl.load(record + _A_WORD, eviction_policy=KEEP)
+        word = a_word + layer * tl.load(record + _STRIDE, eviction_policy=KEEP)
         num_blocks = tl.cdiv(rank, BLOCK_R)
         per_item = tl.cdiv(num_blocks, _ITEMS)
         first_block = (item % _ITEMS) * per_item
@@ -105,7 +114,7 @@ def shrink_kernel(
         x_rows = x + (first + t).to(tl.int64)[:, None] * stride_x
         for block in range(first_block, tl.minimum(first_block + per_item, num_blocks)):
             r = block * BLOCK_R + tl.arange(0, BLOCK_R)
-            start = tl.load(words + word + r, mask=r < rank, other=-1)
+            start = tl.load(words + word + r, mask=r < rank, other=-1, eviction_policy=KEEP)
             is_row = start >= 0
             rows = memory + start.to(tl.int64)[None, :] * UNIT
             total = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
@@ -122,6 +131,8 @@ def shrink_kernel(
             # A row that this layer lacks is 0 even where x is infinite.
             total = tl.where(is_row[None, :], total, 0.0)
             tl.store(target, total, mask=(t < num_tokens)[:, None] & (r < rank)[None, :])
+        at_item = first_item + (work + tl.num_programs(0)) // num_parts
+        item = tl.load(items + at_item, mask=at_item < last_item, other=0, eviction_policy=KEEP)
 
 
 @triton.jit(do_not_specialize=["layer"])
@@ -233,10 +244,15 @@ class CudaLora:
             tuning = (SHRINK_EXACT if self.is_exact else SHRINK)[variant]
             parts = (shape.narrow_parts, plan.wide_parts)[variant]
             columns = shape.part_columns if variant == NARROW else -(-shape.num_in // parts)
-            self.launcher(shrink_kernel, self._grid_beside if is_beside else self._grid)(
-                x, self.h, memory, words, arrays["lora_tiles"][0, group], arrays["lora_items"],
-                arrays["lora_bounds"][round_, variant, group], x.stride(0), layer,
-                -(-columns // tuning.columns), parts,
+            (most,) = self._grid_beside if is_beside else self._grid
+            if variant == NARROW:
+                # A row has a tile at most, and a module seldom more than two blocks of rows.
+                most = min(most, 2 * len(x) * parts * len(shape.modules))
+            items = arrays["lora_items"]
+            self.launcher(shrink_kernel, (most,))(
+                x, self.h, memory, words, arrays["lora_tiles"][0, group], items[group],
+                arrays["lora_bounds"][round_, variant, group], -1 if variant or round_ else 0,
+                items.shape[1], x.stride(0), layer, -(-columns // tuning.columns), parts,
                 NUM_IN=shape.num_in, UNIT=self.unit, BLOCK_T=BLOCK_TOKENS[variant],
                 BLOCK_R=BLOCK_RANK if variant == NARROW else plan.wide_ranks[group],
                 BLOCK_K=tuning.columns, STAGES=tuning.num_stages, EXACT=self.is_exact,

@@ -20,20 +20,30 @@ from polybatch.kernels.lora.cuda import CudaLora
 from polybatch.kernels.lora.cuda_rms_norm import rms_norm_rows, rms_norm_tiles
 from polybatch.kernels.lora.cuda_silu_mul import silu_mul_rows, silu_mul_tiles
 from polybatch.kernels.lora.cuda_write_kv import write_kv_rows, write_kv_tiles
-from polybatch.kernels.lora.work import BLOCK_TOKENS, GROUPS, LEAD_ROWS, NARROW, WIDE, LoraPlan
+from polybatch.kernels.lora.work import (
+    BLOCK_TOKENS,
+    DOWN_PARTS,
+    GROUPS,
+    LEAD_ROWS,
+    NARROW,
+    RUN_UNITS,
+    WIDE,
+    LoraPlan,
+)
 from polybatch.kernels.norm.cuda import checked_width, rms_norm
 from polybatch.kernels.write_kv.cuda import head_shape, queries_of, write_kv
 
 QKV, O, GATE_UP, DOWN = range(len(GROUPS))  # noqa: E741
 
-# Chosen by benchmarks/cuda/lora.py on an H100. Columns of a block, rows of B in a turn for one token and for
-# several, warps.
-SILU_ROWS = (512, 16, 8, 4)
-# Columns of a block, blocks of a program, warps, stages.
-SILU_TILES = (64, 8, 4, 3)
-# Elements of B in a turn, warps for 4,096 columns: where programs share a multiprocessor; where each has one.
-NORM_ROWS = (1 << 14, 8)
-NORM_ROWS_ALONE = (1 << 16, 16)
+# Chosen by benchmarks/cuda/lora.py on an H100. Columns of a block, columns in a turn of a run of tiles, rows
+# of B in a turn for one token and for several, warps.
+SILU_ROWS = (512, 64, 16, 8, 4)
+# Columns of a block, warps, stages.
+SILU_TILES = (64, 4, 3)
+# Elements of B in a turn, warps for 4,096 columns, rows of a tile in a program: where programs share a
+# multiprocessor; where each has one.
+NORM_ROWS = (1 << 14, 8, 2)
+NORM_ROWS_ALONE = (1 << 16, 16, 1)
 # Columns of a block, tokens, warps, stages.
 NORM_TILES = (256, 32, 8, 2)
 # Heads of a program, at most LEAD_ROWS, rows of B in a turn, at least 16, warps.
@@ -43,6 +53,8 @@ WRITE_TILES = (4, 4, 1)
 # Of float32, which would spill with fewer warps.
 WRITE_TILES_EXACT = (1, 8, 1)
 TILE_RANK = 16
+# Registers of a thread at 16 bits where more would be taken and would keep programs waiting.
+REGISTERS = 128
 
 
 class FusedLora:
@@ -74,24 +86,26 @@ class FusedLora:
         if base:
             silu_mul(gate_up[:base], out=out[:base])
         if self._plan.has_rows:
-            columns, rank_one, rank_few, warps = SILU_ROWS
+            columns, run_columns, rank_one, rank_few, warps = SILU_ROWS
             # The matrix unit takes 16 columns at least, of which each of LEAD_ROWS programs has so many.
             block = max(min(columns, triton.next_power_of_2(width)), 16 * LEAD_ROWS)
+            blocks = triton.cdiv(width, block)
             num_units = self._plan.num_units or self._num_rows - base
-            self._lora.launcher(silu_mul_rows, (num_units, triton.cdiv(width, block)))(
+            self._lora.launcher(silu_mul_rows, (num_units * blocks,))(
                 gate_up, gate_up.stride(0), out, out.stride(0), self._units,
                 *self._of_tiles(GATE_UP, layer, memory)[1:],
-                WIDTH=width, BLOCK=block, UNIT=self._lora.unit, LEAD=LEAD_ROWS, RANK_ONE=rank_one,
-                RANK_FEW=rank_few, BLOCK_T=BLOCK_TOKENS[NARROW], BLOCK_R=TILE_RANK, EXACT=self._lora.is_exact,
-                num_warps=warps,
+                WIDTH=width, BLOCK=block, BLOCKS=blocks, RUN_BLOCK=min(run_columns, block // RUN_UNITS),
+                UNIT=self._lora.unit, RANK_ONE=rank_one, RANK_FEW=rank_few, BLOCK_R=TILE_RANK,
+                EXACT=self._lora.is_exact, num_warps=warps, maxnreg=self._registers(warps),
             )  # fmt: skip
         if self._plan.num_wide:
-            block, num_blocks, warps, stages = SILU_TILES
-            grid = (triton.cdiv(width, block * num_blocks), self._plan.num_wide)
-            self._lora.launcher(silu_mul_tiles, grid)(
+            block, warps, stages = SILU_TILES
+            num_blocks = triton.cdiv(triton.cdiv(width, block), DOWN_PARTS)
+            self._lora.launcher(silu_mul_tiles, (DOWN_PARTS, self._plan.num_wide))(
                 gate_up, gate_up.stride(0), out, out.stride(0), *self._of_tiles(GATE_UP, layer, memory),
                 WIDTH=width, BLOCK=block, NUM_BLOCKS=num_blocks, BLOCK_T=BLOCK_TOKENS[WIDE],
-                **self._compiled_tiles(warps, stages),
+                DOWN_R=self._plan.wide_ranks[DOWN],
+                **self._compiled_tiles(warps, stages), maxnreg=self._tile_registers(warps),
             )  # fmt: skip
 
     def rms_norm(
@@ -120,15 +134,17 @@ class FusedLora:
         if num_rows and (self._plan.has_rows or rows is not None):
             # Of chosen rows one way is enough, which need not be compiled twice.
             is_alone = rows is not None or num_rows <= self._lora.num_sms
-            elements, warps = NORM_ROWS_ALONE if is_alone else NORM_ROWS
+            elements, warps, tokens = NORM_ROWS_ALONE if is_alone else NORM_ROWS
             block = triton.next_power_of_2(width)
             # Registers hold so many elements of B; those of 32 bits count twice.
             rank = min(max(elements // ((1 + self._lora.is_exact) * block), 1), 16)
+            tokens, warps = min(tokens, max(8192 // block, 1)), min(max(block * warps // 4096, 1), 16)
             self._lora.launcher(rms_norm_rows, (num_rows,))(
                 x[base:], x.stride(0), residual[base:], residual.stride(0), rows, weight,
                 out[base:], out.stride(0), eps, *self._of_rows(group, layer, memory, base),
-                WIDTH=width, BLOCK=block, HAS_CHOSEN=rows is not None, UNIT=self._lora.unit, BLOCK_R=rank,
-                num_warps=min(max(block * warps // 4096, 1), 16),
+                WIDTH=width, BLOCK=block, BLOCK_T=tokens, HAS_CHOSEN=rows is not None,
+                HAS_WIDE=rows is None and self._plan.num_wide > 0, UNIT=self._lora.unit, BLOCK_R=rank,
+                num_warps=warps, maxnreg=self._registers(warps),
             )  # fmt: skip
         if self._plan.num_wide and rows is None:
             block, tokens, warps, stages = NORM_TILES
@@ -137,7 +153,7 @@ class FusedLora:
                 x, x.stride(0), residual, residual.stride(0), weight, out, out.stride(0), eps,
                 *self._of_tiles(group, layer, memory),
                 WIDTH=width, BLOCK=block, BLOCK_T=tokens, PIECES=pieces,
-                **self._compiled_tiles(warps, stages),
+                **self._compiled_tiles(warps, stages), maxnreg=self._tile_registers(warps),
             )  # fmt: skip
 
     def write_kv(
@@ -174,7 +190,7 @@ class FusedLora:
                 qkv[base:], qkv.stride(0), positions[base:], slots[base:], *given,
                 *self._of_rows(QKV, layer, memory, base), **compiled, UNIT=self._lora.unit, HEADS=heads,
                 BLOCK_R=rank, BLOCK_T=BLOCK_TOKENS[NARROW], EXACT=self._lora.is_exact,
-                num_warps=warps,
+                num_warps=warps, maxnreg=self._registers(warps),
             )  # fmt: skip
         if self._plan.num_wide:
             heads, warps, stages = WRITE_TILES_EXACT if self._lora.is_exact else WRITE_TILES
@@ -188,6 +204,13 @@ class FusedLora:
         """Arguments of a kernel over rows: from its lists on."""
         rows = self._rows[:, base:]
         return rows, rows.stride(0), self._tiles[group], self._lora.h, memory, self._words, layer
+
+    def _registers(self, num_warps: int) -> int | None:
+        """Most registers of a thread, None for any that there are."""
+        return None if self._lora.is_exact else min(REGISTERS, 65536 // (32 * num_warps))
+
+    def _tile_registers(self, num_warps: int) -> int | None:
+        return None if self._plan.is_long else self._registers(num_warps)
 
     def _of_tiles(self, group: int, layer: int, memory: torch.Tensor) -> tuple[Any, ...]:
         """Arguments of a kernel over wide tiles: from its bounds on."""

@@ -14,12 +14,14 @@ import triton
 import triton.language as tl
 
 from polybatch.kernels.lora.cuda_delta import (
+    KEEP,
     RECORD_FIRST,
     RECORD_NUM_TOKENS,
     TILE_STRIDE,
     add_block,
     add_rows,
     load_b,
+    open_rows,
     open_tile,
 )
 from polybatch.kernels.lora.work import DENSE
@@ -41,9 +43,9 @@ def write_kv_rows(
     """Grid: rows, blocks of HEADS heads of q, of k and of v. Each row of a dense tile has one head."""
     leader = tl.program_id(0)
     block = tl.program_id(1)
-    count = tl.load(rows + leader)
-    tile = tl.load(rows + max_rows + leader)
-    token = tl.load(rows + 2 * max_rows + leader)
+    count = tl.load(rows + leader, eviction_policy=KEEP)
+    tile = tl.load(rows + max_rows + leader, eviction_policy=KEEP)
+    token = tl.load(rows + 2 * max_rows + leader, eviction_policy=KEEP)
     adapters = (tiles, h, memory, words, layer)
     if (count == _DENSE) & (token < HEADS):
         _tile(block, token, leader - token, tile, adapters, qkv, qkv_stride,
@@ -91,8 +93,12 @@ def _heads(
     second = tl.load(row + base * DIM + n + DIM // 2, mask=is_column, other=0.0).to(tl.float32)[None, :]
     if tile >= 0:
         kind = row.dtype.element_ty
-        first = add_rows(first, token, 1, tile, module, n, is_column, adapters, UNIT, 1, BLOCK_R)
-        second = add_rows(second, token, 1, tile, module, n + DIM // 2, is_column, adapters, UNIT, 1, BLOCK_R)
+        _, _, memory, _, _ = adapters
+        start, value, rest = open_rows(tile, token, tl.arange(0, 1), 1, module, adapters, BLOCK_R)
+        b_first = load_b(start, n, is_column, memory, UNIT)
+        b_second = load_b(start, n + DIM // 2, is_column, memory, UNIT)
+        first = add_rows(first, value, b_first, rest, n, is_column, UNIT, BLOCK_R)
+        second = add_rows(second, value, b_second, rest, n + DIM // 2, is_column, UNIT, BLOCK_R)
         first, second = first.to(kind).to(tl.float32), second.to(kind).to(tl.float32)
     head_column = first_head + tl.arange(0, HEADS)[:, None]
     mask = (head_column < num_heads) & (tl.arange(0, HALF)[None, :] < DIM // 2)

@@ -54,12 +54,14 @@ LEAD_ROWS = 4
 DENSE = -1
 
 # Fields of a unit, the rows that a program takes at once: its first row, how many, its narrow tile or ABSENT,
-# the part of the columns. A dense tile is LEAD_ROWS units of DENSE rows. Row 0 of `lora_units` says first how
-# many units follow: no more than there are rows.
+# the part of the columns. A dense tile is LEAD_ROWS units; it and the next of its adapter, where it is full,
+# are RUN_UNITS units. Row 0 of `lora_units` says first how many units follow: no more than there are rows.
 UNIT_FIRST, UNIT_ROWS, UNIT_TILE, UNIT_PART = range(4)
 UNIT_FIELDS = 4
 # Most rows of a unit without adapter.
 BASE_ROWS = 8
+# Most rows of a run of tiles; as many as a tile's switches runs off.
+RUN_ROWS, RUN_UNITS = 32, 2
 
 NARROW, WIDE = 0, 1
 BLOCK_TOKENS = (16, 64)
@@ -69,6 +71,8 @@ MAX_WIDE_RANK = 64
 WIDE_TOKENS = 64
 MAX_WIDE_PARTS = 8
 MAX_PARTS = 16
+# Parts of down's h that silu_mul leaves of wide tiles, one of each of its programs.
+DOWN_PARTS = 16
 # Shrink programs that fill a large GPU about twice.
 ENOUGH_PROGRAMS = 264
 # Items of a tile and group; a tile of more rows gives each item more.
@@ -154,7 +158,6 @@ class LoraPlan:
         """Whether kernels that read y may add B h to it: all of h is there at once."""
         return len(self.rounds) == 1
 
-
     def holds(self, step: LoraPlan) -> bool:
         """Whether a graph that launches this runs a step that `fill` made for it."""
         return len(step.rounds) == 1 and step.num_wide <= self.num_wide
@@ -193,7 +196,7 @@ def arrays(limits: LoraLimits) -> dict[str, tuple[tuple[int, ...], type[np.int32
     num_groups = len(GROUPS)
     return {
         "lora_tiles": ((limits.max_tiles, num_groups, TILE_FIELDS), np.int32),
-        "lora_items": ((num_groups * limits.max_tiles * TILE_ITEMS,), np.int32),
+        "lora_items": ((num_groups, limits.max_tiles * TILE_ITEMS), np.int32),
         "lora_bounds": ((MAX_ROUNDS, 2, num_groups, BOUND_FIELDS), np.int32),
         "lora_rows": ((3, limits.max_tokens), np.int32),
         "lora_units": ((limits.max_tokens + 1, UNIT_FIELDS), np.int32),
@@ -210,6 +213,7 @@ def fill(
     num_rows: int,
     wide: bool,
     graph: LoraPlan | None = None,
+    is_fused: bool = False,
 ) -> LoraPlan:
     """Write a step's tiles, items and their bounds, and each row's place.
 
@@ -219,6 +223,7 @@ def fill(
     wide: whether wide tiles may be launched. Without them a step fits GRAPH_PLAN where h fits in one round.
     graph: of a mixed step, what a graph launches that is to run it, if it `holds` the result, as it nearly
         always does; None where kernels will be launched as the result says.
+    is_fused: whether h of down may be left to `FusedLora.silu_mul`, which will be launched for gate and up.
     Raises EngineError where a capacity is exceeded.
     """
     rows = views["lora_rows"]
@@ -231,7 +236,8 @@ def fill(
         segments, template = segments[keep], template[keep]
     if not len(segments):
         views["lora_bounds"][:1] = 0
-        _fill_units(views["lora_units"], rows[TILE], starts := np.zeros(0, np.int64), starts, 0, num_rows)
+        none = np.zeros(0, np.int64)
+        _fill_units(views["lora_units"], rows[TILE], none, none, none, 0, num_rows)
         return GRAPH_PLAN
     starts, stops = segments[:, 0], segments[:, 1]
     wide = wide and (graph is None or graph.num_wide > 0)
@@ -273,10 +279,11 @@ def fill(
             f"a step has {num_tiles} adapter tiles, the arrays were made for {max_tiles}: raise "
             "LoraLimits.max_segments or max_h"
         )
-    first, num_tokens = starts, lengths
+    first, num_tokens, of_segment = starts, lengths, np.zeros(num_tiles, np.int64)
     if num_tiles > len(counts):
         owner = np.repeat(np.arange(len(counts)), counts)
-        first = starts[owner] + _within(counts) * tile_tokens[owner]
+        of_segment = _within(counts)
+        first = starts[owner] + of_segment * tile_tokens[owner]
         num_tokens = np.minimum(tile_tokens[owner], stops[owner] - first)
         template, ranks, is_wide, h_per_token = (
             template[owner],
@@ -295,12 +302,18 @@ def fill(
     num_narrow = num_tiles - int(is_wide.sum())
     block_rank = np.where(is_wide[:, None], wide_ranks, BLOCK_RANK) if has_wide else BLOCK_RANK
     _fill_items(views, ranks, block_rank, edges, num_narrow)
+    if is_fused and has_wide and len(edges) == 2:
+        _leave_down_to_silu_mul(views, num_narrow, num_tiles, wide_ranks[-1], int(h_sizes.sum()), max_h)
     num_base = int(first.min())
     if graph is not None or not wide or num_base < MIN_BASE_ROWS:
         num_base = 0
     _fill_rows(rows, first, num_tokens, num_narrow)
+    # A run is full tiles one after the other; where they had to be smaller than usual, there are none.
+    run_tiles = 1 if (limit < BLOCK_TOKENS[NARROW]).any() else RUN_ROWS // BLOCK_TOKENS[NARROW]
+    leads = np.flatnonzero(of_segment[:num_narrow] % run_tiles == 0)
+    run_rows = np.add.reduceat(num_tokens[:num_narrow], leads) if len(leads) else leads
     num_units = _fill_units(
-        views["lora_units"], rows[TILE], first[:num_narrow], num_tokens[:num_narrow], num_base, num_rows
+        views["lora_units"], rows[TILE], first[leads], run_rows, leads, num_base, num_rows
     )
     pairs = list(itertools.pairwise(edges))
     return LoraPlan(
@@ -331,26 +344,44 @@ def _wide_parts(lengths: Int64Array, ranks: Int64Array, max_h: int) -> int:
 def _fill_items(
     views: Mapping[str, Array], ranks: Int64Array, block_rank: Array | int, edges: list[int], num_narrow: int
 ) -> None:
-    """Items of every tile and group, group by group, and the bounds of each round and variant.
+    """Items of every tile and group, and their bounds within the group's for each round and variant.
 
-    An item is a block of rows, several where a tile would have more than TILE_ITEMS.
+    An item is a block of rows, several where a tile would have more than TILE_ITEMS. The first narrow one of
+    the first round is the group's first.
     """
     num_tiles, num_groups = ranks.shape
     blocks = -(-ranks // block_rank)
     per_tile = -(-blocks // np.maximum(-(-blocks // TILE_ITEMS), 1))
     flat = per_tile.T.reshape(-1)
     items = np.repeat(np.tile(np.arange(num_tiles) * TILE_ITEMS, num_groups), flat) + _within(flat)
-    views["lora_items"][: len(items)] = items
     before = np.zeros(len(flat) + 1, np.int64)
     np.cumsum(flat, out=before[1:])
     of_group = np.arange(num_groups) * num_tiles
+    edges_of_items = before[:: max(num_tiles, 1)]
+    for group, (low, high) in enumerate(itertools.pairwise(edges_of_items.tolist())):
+        views["lora_items"][group, : high - low] = items[low:high]
     bounds = views["lora_bounds"]
     for round_, (low, high) in enumerate(itertools.pairwise(edges)):
         middle = min(max(low, num_narrow), high)
         for variant, (first, last) in enumerate(((low, middle), (middle, high))):
             held = bounds[round_, variant]
-            held[:, 0], held[:, 1] = before[of_group + first], before[of_group + last]
+            held[:, 0] = before[of_group + first] - before[of_group]
+            held[:, 1] = before[of_group + last] - before[of_group]
             held[:, 2:] = first, last
+
+
+def _leave_down_to_silu_mul(
+    views: Mapping[str, Array], num_narrow: int, num_tiles: int, block_rank: int, start: int, max_h: int
+) -> None:
+    """Wide tiles of down lose their items and get h as silu_mul's parts, from `start` on, if all fit."""
+    tiles = views["lora_tiles"][num_narrow:num_tiles, -1]
+    ranks = tiles[:, RANK].astype(np.int64)
+    sizes = tiles[:, NUM_TOKENS] * ranks * DOWN_PARTS
+    if ranks.max() > block_rank or start + sizes.sum() > max_h:
+        return
+    tiles[:, H_START], tiles[:, PARTS] = start + np.cumsum(sizes) - sizes, DOWN_PARTS
+    held = views["lora_bounds"][0, WIDE, -1]
+    held[1] = held[0]
 
 
 def _fill_rows(rows: Array, first: Int64Array, num_tokens: Int64Array, num_narrow: int) -> None:
@@ -365,11 +396,20 @@ def _fill_rows(rows: Array, first: Int64Array, num_tokens: Int64Array, num_narro
 
 
 def _fill_units(
-    units: Array, tile_of_row: Array, first: Int64Array, num_tokens: Int64Array, num_base: int, num_rows: int
+    units: Array,
+    tile_of_row: Array,
+    first: Int64Array,
+    num_tokens: Int64Array,
+    tile: Int64Array,
+    num_base: int,
+    num_rows: int,
 ) -> int:
-    """Units of the narrow tiles, then of the rows without adapter from num_base on; returns their number."""
-    is_dense = num_tokens >= LEAD_ROWS
-    parts = np.where(is_dense, LEAD_ROWS, 1)
+    """Units of runs of narrow tiles, then of rows without adapter from num_base on; returns their number.
+
+    first, num_tokens, tile: of each run, its rows and its first tile.
+    """
+    parts = np.where(num_tokens >= LEAD_ROWS, LEAD_ROWS, 1)
+    parts[num_tokens > BLOCK_TOKENS[NARROW]] = RUN_UNITS
     base = np.flatnonzero(tile_of_row[num_base:num_rows] == ABSENT) + num_base
     # Neighbours share a unit: a run's rows have one difference of row and place in the list.
     shift = base - np.arange(len(base))
@@ -379,9 +419,8 @@ def _fill_units(
     num_units = num_of_tiles + len(leads)
     units[0, 0] = num_units
     of_tiles, of_base = units[1 : 1 + num_of_tiles], units[1 + num_of_tiles : 1 + num_units]
-    of_tiles[:, UNIT_FIRST] = np.repeat(first, parts)
-    of_tiles[:, UNIT_ROWS] = np.repeat(np.where(is_dense, DENSE, num_tokens), parts)
-    of_tiles[:, UNIT_TILE] = np.repeat(np.arange(len(first)), parts)
+    fields = np.stack([first, num_tokens, tile], axis=1)
+    of_tiles[:, [UNIT_FIRST, UNIT_ROWS, UNIT_TILE]] = np.repeat(fields, parts, axis=0)
     of_tiles[:, UNIT_PART] = _within(parts)
     of_base[:, UNIT_FIRST], of_base[:, UNIT_TILE], of_base[:, UNIT_PART] = base[leads], ABSENT, 0
     of_base[:, UNIT_ROWS] = np.diff(leads, append=len(base))
