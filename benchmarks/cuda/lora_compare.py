@@ -173,7 +173,7 @@ def check_down(pool: Pool, base: Base) -> None:
 
 def compare(
     name: str, pool: Pool, base: Base, variants: dict[str, Kernels], segments: list, rows: int, results: dict,
-    repeats: int = 15,
+    repeats: int = 10,
 ) -> None:  # fmt: skip
     """Times of the plain layers and of every variant, whose graphs take turns."""
     is_wide = rows > 1024
