@@ -46,19 +46,21 @@ def write_kv_rows(
     count = tl.load(rows + leader, eviction_policy=KEEP)
     tile = tl.load(rows + max_rows + leader, eviction_policy=KEEP)
     token = tl.load(rows + 2 * max_rows + leader, eviction_policy=KEEP)
+    slot, position = tl.load(slots + leader), tl.load(positions + leader)
     adapters = (tiles, h, memory, words, layer)
     if (count == _DENSE) & (token < HEADS):
-        _tile(block, token, leader - token, tile, adapters, qkv, qkv_stride,
+        _tile(block, token, leader - token, tl.num_programs(0), tile, adapters, qkv, qkv_stride,
               positions, slots, table, pages, page_stride, bias, q_norm, k_norm, eps,
               NUM_HEADS, KV_HEADS, PAGE_SIZE, DIM, HALF, HAS_BIAS, HAS_NORM, UNIT, HEADS, 1, BLOCK_T,
               BLOCK_R, True, EXACT)  # fmt: skip
     for i in range(count):
-        slot = tl.load(slots + leader + i)
         if slot >= 0:
-            _heads(block, qkv + (leader + i).to(tl.int64) * qkv_stride, tl.load(positions + leader + i),
+            _heads(block, qkv + (leader + i).to(tl.int64) * qkv_stride, position,
                    slot, tile, token + i, adapters, table, pages, page_stride, bias, q_norm, k_norm, eps,
                    NUM_HEADS, KV_HEADS, PAGE_SIZE, DIM, HALF, HAS_BIAS, HAS_NORM, UNIT, HEADS,
                    BLOCK_R)  # fmt: skip
+        slot = tl.load(slots + leader + i + 1, mask=i + 1 < count, other=-1)
+        position = tl.load(positions + leader + i + 1, mask=i + 1 < count, other=0)
 
 
 @triton.jit
@@ -120,8 +122,10 @@ def write_kv_tiles(
     tile = tl.load(bounds + 2) + tl.program_id(1)
     if tile >= tl.load(bounds + 3):
         return
-    first = tl.load(tiles + tile * TILE_STRIDE + RECORD_FIRST)
-    _tile(tl.program_id(0), 0, first, tile, (tiles, h, memory, words, layer), qkv, qkv_stride, positions,
+    record = tiles + tile * TILE_STRIDE
+    first = tl.load(record + RECORD_FIRST)
+    _tile(tl.program_id(0), 0, first, first + tl.load(record + RECORD_NUM_TOKENS), tile,
+          (tiles, h, memory, words, layer), qkv, qkv_stride, positions,
           slots, table, pages, page_stride, bias, q_norm, k_norm, eps,
           NUM_HEADS, KV_HEADS, PAGE_SIZE, DIM, HALF, HAS_BIAS, HAS_NORM, UNIT, HEADS, HEADS, BLOCK_T,
           BLOCK_R, IS_LONG, EXACT)  # fmt: skip
@@ -129,22 +133,26 @@ def write_kv_tiles(
 
 @triton.jit
 def _tile(
-    block, skipped, first_row, tile, adapters, qkv, qkv_stride, positions, slots, table,
+    block, skipped, first_row, num_rows, tile, adapters, qkv, qkv_stride, positions, slots, table,
     pages, page_stride, bias, q_norm, k_norm, eps,
     NUM_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr,
     HALF: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, UNIT: tl.constexpr,
     HEADS: tl.constexpr, NUM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
     IS_LONG: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """NUM heads of a block of HEADS after those skipped, for a tile whose rows begin at first_row."""
+    """NUM heads of a block of HEADS after those skipped, for a tile whose rows begin at first_row.
+
+    num_rows: rows of the step, or those before the tile's end.
+    """
     module, base, first_head, num_heads = _find_heads(block, NUM_HEADS, KV_HEADS, HEADS)
     tiles, _, memory, _, _ = adapters
     t = tl.arange(0, BLOCK_T)
     is_token = t < tl.load(tiles + tile * TILE_STRIDE + RECORD_NUM_TOKENS)
     at = first_row + t
-    slot = tl.load(slots + at, mask=is_token, other=-1)
-    position = tl.load(positions + at, mask=slot >= 0, other=0)[:, None]
-    slot = slot[:, None]
+    slot = tl.load(slots + at, mask=at < num_rows, other=-1)
+    position = tl.load(positions + at, mask=at < num_rows, other=0)
+    slot = tl.where(is_token, slot, -1)[:, None]
+    position = tl.where(slot >= 0, position[:, None], 0)
     row = qkv + at.to(tl.int64)[:, None] * qkv_stride
     pair = tl.arange(0, HALF)
     kind = qkv.dtype.element_ty
