@@ -305,6 +305,8 @@ def as_source(config: Int4Config) -> str:
     tail = ", is_scaled=True" if config.is_scaled else ""
     tail += f", slices={config.slices}" if config.slices else ""
     tail += f", programs={config.programs}" if config.programs else ""
+    tail += ", is_short=True" if config.is_short else ""
+    tail += f", max_registers={config.max_registers}" if config.max_registers else ""
     numbers = (config.block_m, config.block_out, config.split, config.num_warps, config.num_stages)
     return f"Int4Config({', '.join(map(str, numbers))}{tail})"
 

@@ -104,7 +104,7 @@ def test_int4_is_the_same_for_any_cut_of_the_inputs(split: int, block_m: int, bl
     x = draw(2, 33, 1304, dtype=torch.bfloat16)
     expected = x.double() @ dequantize_symmetric(weight).double().T
     linear = Int4Linear(pack_int4(weight.to(DEVICE)), workspace())
-    config = Int4Config(block_m, block_out, split, 4, 2)
+    config = Int4Config(block_m, block_out, split, 4, 2, is_short=split == 2)
     linear.reserve([(33, config)])
     for _ in range(2):  # The counters must be zero again after a launch.
         result = poisoned(33, 128, torch.bfloat16)
@@ -142,7 +142,8 @@ def test_int4_is_the_same_with_all_inputs_of_a_row_in_one_program(
     expected = x.double() @ dequantize_symmetric(weight).double().T
     linear = Int4Linear(pack_int4(weight.to(DEVICE)), workspace())
     result = poisoned(11, 120, torch.bfloat16)
-    linear.forward_fused(x.to(DEVICE), result, Int4Config(8, block_rows, 1, warps, 3, slices=slices))
+    config = Int4Config(8, block_rows, 1, warps, 3, slices=slices, is_short=slices > 1)
+    linear.forward_fused(x.to(DEVICE), result, config)
     assert relative_error(result, expected) < TOLERANCE[torch.bfloat16]
 
 
@@ -156,7 +157,7 @@ def test_int4_is_the_same_however_many_programs_share_the_steps(
     x = draw(5, 9, inputs, dtype=torch.bfloat16)
     expected = x.double() @ dequantize_symmetric(weight).double().T
     linear = Int4Linear(pack_int4(weight.to(DEVICE)), workspace())
-    config = Int4Config(8, 64, 1, 4, 2, programs=programs)
+    config = Int4Config(8, 64, 1, 4, 2, programs=programs, is_short=programs > 3)
     linear.reserve([(9, config)])
     for _ in range(2):  # The counters must be zero again after a launch.
         result = poisoned(9, 100, torch.bfloat16)

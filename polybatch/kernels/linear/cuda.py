@@ -39,7 +39,7 @@ SCRATCH_BYTES = 128 << 20
 FUSED_TOKENS = 512
 """Above this many tokens, int4 weights are widened and multiplied by cuBLAS."""
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-_LADDER = (16, 32, 64, *range(128, FUSED_TOKENS + 1, 128))
+_LADDER = (8, 16, 32, 64, *range(128, FUSED_TOKENS + 1, 128))
 
 
 class PackedLinear(Protocol):
@@ -163,10 +163,13 @@ class Int4Linear:
             "GROUPED": layout.is_grouped,
             "HAS_ZEROS": layout.offsets is not None,
             "SCALES_BF16": layout.scales_bf16,
+            "SHORT": config.is_short,
             "ASSEMBLY": not _INTERPRETED,
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
         }
+        if config.max_registers:
+            options["maxnreg"] = config.max_registers
         out_tiles = layout.rows // config.block_out
         if config.slices:
             options |= {
@@ -183,7 +186,7 @@ class Int4Linear:
         scratch = (self._workspace.buffer("partials"), self._workspace.buffer("arrived"))
         options |= {"BLOCK_OUT": config.block_out, "REDUCED": config.parts_at_a_time}
         if config.programs:
-            options |= {"K_TILES": layout.k_tiles, "maxnreg": config.max_registers}
+            options["K_TILES"] = layout.k_tiles
             grid = (min(config.programs, out_tiles * layout.k_tiles), m_tiles)
             arguments = (x, *tables, out, *scratch, *sizes[:-1], x.stride(0), out.stride(0))
             return int4_stream_kernel, grid, arguments, options

@@ -1,4 +1,4 @@
-"""How the int4 kernel cuts its work, by shape; measured by benchmarks/cuda/linear.py.
+"""How the int4 kernels cut their work, by shape; measured by benchmarks/cuda/linear.py and linear_sweep.py.
 
 Programs wait for memory together, so all of a launch should be resident at once, evenly loaded. Splitting
 the inputs fills the device where tiles are few, and costs a sum over the parts. From 64 tokens on, x passes
@@ -9,9 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-MULTIPROCESSORS = 132
-"""Of an H100."""
-_REGISTERS = 65536
 _ANY = 1 << 62
 
 
@@ -24,6 +21,8 @@ class Int4Config:
     is 1) and each warp a tile of 256 inputs at a time.
     programs: if not 0, int4_stream_kernel in at most this many programs (split is 1), with scales on sums.
     With neither, int4_linear_kernel.
+    is_short: unpack with two shifts fewer; not with is_scaled.
+    max_registers: of a thread, so that enough programs are resident at once; 0: as the compiler likes.
     """
 
     block_m: int
@@ -34,6 +33,8 @@ class Int4Config:
     is_scaled: bool = False
     slices: int = 0
     programs: int = 0
+    is_short: bool = False
+    max_registers: int = 0
 
     @property
     def columns(self) -> int:
@@ -45,13 +46,6 @@ class Int4Config:
         """Parts whose sums are loaded together at the end: up to 64 registers of them; 0 if not split."""
         per_thread = self.block_m * self.block_out // (32 * self.num_warps)
         return 0 if self.split == 1 and not self.programs else max(1, min(8, 64 // per_thread))
-
-    @property
-    def max_registers(self) -> int | None:
-        """Of a thread, so that all `programs` are resident at once; None: as many as the compiler likes."""
-        threads = 32 * self.num_warps * -(-self.programs // MULTIPROCESSORS)
-        limit = _REGISTERS // max(1, threads) // 8 * 8
-        return limit if self.programs and limit < 255 else None
 
     def partial_tiles(self, m_tiles: int, out_tiles: int) -> int:
         """Tiles of sums in scratch memory."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from polybatch.kernels.linear.cuda_int4 import _add_products, _load_pairs
+from polybatch.kernels.linear.cuda_int4 import _add_products, _load_pairs, _unit
 
 
 @triton.jit
@@ -83,6 +83,7 @@ def int4_rows_kernel(
     GROUPED: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     SCALES_BF16: tl.constexpr,
+    SHORT: tl.constexpr,  # two shifts fewer in unpacking
     ASSEMBLY: tl.constexpr,
 ):
     """SLICES tiles [BLOCK_ROWS, BLOCK_M] of y^T over all inputs."""
@@ -96,7 +97,8 @@ def int4_rows_kernel(
     inner = tl.arange(0, INNER)
     x_ptrs = x_ptr + token[None, :, None] * x_stride + inner[:, None, None] * 256 + column[None, None, :]
     acc = tl.zeros([INNER, BLOCK_ROWS, BLOCK_M], tl.float32)
-    ones = tl.full([INNER, BLOCK_ROWS, COLUMNS], 1.0, tl.float32).to(dtype)
+    UNIT: tl.constexpr = _unit(x_ptr.dtype.element_ty, SHORT)
+    ones = tl.full([INNER, BLOCK_ROWS, COLUMNS], 1 / UNIT, tl.float32).to(dtype)
     # Scales go to registers three steps ahead, like the weights beside them to shared memory.
     scales = tl.zeros([INNER, BLOCK_ROWS], tl.int32)
     scales_1 = scales
@@ -132,21 +134,9 @@ def int4_rows_kernel(
         x2 = _tokens_at(at + 128, is_token, left - 128, column, dtype, EVEN_K)
         x3 = _tokens_at(at + 192, is_token, left - 192, column, dtype, EVEN_K)
         acc = _add_products(
-            acc,
-            words,
-            x0,
-            x1,
-            x2,
-            x3,
-            scales,
-            offsets,
-            ones,
-            dtype,
-            GROUPED,
-            HAS_ZEROS,
-            SCALES_BF16,
-            ASSEMBLY,
-        )
+            acc, words, x0, x1, x2, x3, scales, offsets, ones, x_ptr.dtype.element_ty,
+            GROUPED, HAS_ZEROS, SCALES_BF16, SHORT, ASSEMBLY,
+        )  # fmt: skip
         at_3 = _pointers_of_pairs(step + 3, apart, rows, k_tiles, BLOCK_ROWS, INNER, HALVES, STEPS, SLICES)
         if GROUPED:
             scales = _passed_on(scales_1, ASSEMBLY)
@@ -159,7 +149,7 @@ def int4_rows_kernel(
         if step % STEPS == STEPS - 1:
             total = tl.sum(acc, 0)
             if not GROUPED:
-                total *= tl.load(scales_ptr + row).to(tl.float32)[:, None]
+                total *= (tl.load(scales_ptr + row).to(tl.float32) * UNIT)[:, None]
             tl.store(
                 out_ptr + token[:, None] * out_stride + row[None, :],
                 tl.trans(total).to(out_ptr.dtype.element_ty),

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from polybatch.kernels.linear.cuda_int4 import _add_products, _load_pairs, _load_x
+from polybatch.kernels.linear.cuda_int4 import _add_products, _load_pairs, _load_x, _unit
 
 
 @triton.jit
@@ -116,6 +116,7 @@ def int4_stream_kernel(
     GROUPED: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     SCALES_BF16: tl.constexpr,
+    SHORT: tl.constexpr,  # two shifts fewer in unpacking
     ASSEMBLY: tl.constexpr,
 ):
     """A stretch of the list of steps for one tile of tokens; there are at least as many steps as programs."""
@@ -137,7 +138,8 @@ def int4_stream_kernel(
     cell = local[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
     parts_ptrs = partials_ptr + m_tile * (programs * 2 * CELLS) + cell
     acc = tl.zeros([BLOCK_OUT, BLOCK_M], tl.float32)
-    ones = tl.full([BLOCK_OUT, 64], 1.0, tl.float32).to(dtype)
+    UNIT: tl.constexpr = _unit(x_ptr.dtype.element_ty, SHORT)
+    ones = tl.full([BLOCK_OUT, 64], 1 / UNIT, tl.float32).to(dtype)
     scales = tl.zeros([BLOCK_OUT], tl.int32)
     offsets = tl.zeros([BLOCK_OUT], tl.int32)
     if GROUPED:
@@ -157,8 +159,8 @@ def int4_stream_kernel(
         x2 = tl.trans(_load_x(at + 128, is_token, left - 128, column, dtype, EVEN_K))
         x3 = tl.trans(_load_x(at + 192, is_token, left - 192, column, dtype, EVEN_K))
         acc = _add_products(
-            acc, words, x0, x1, x2, x3, scales, offsets, ones, dtype,
-            GROUPED, HAS_ZEROS, SCALES_BF16, ASSEMBLY,
+            acc, words, x0, x1, x2, x3, scales, offsets, ones, x_ptr.dtype.element_ty,
+            GROUPED, HAS_ZEROS, SCALES_BF16, SHORT, ASSEMBLY,
         )  # fmt: skip
         if GROUPED:
             next_step = tl.minimum(step + 1, end - 1)
@@ -168,7 +170,7 @@ def int4_stream_kernel(
                 offsets = _load_pairs(offsets_ptr + pair, ASSEMBLY)
         if tile == K_TILES - 1:
             if not GROUPED:
-                acc *= tl.load(scales_ptr + row).to(tl.float32)[:, None]
+                acc *= (tl.load(scales_ptr + row).to(tl.float32) * UNIT)[:, None]
             if begin <= step - tile:
                 _store_in_place(
                     out_ptr + token[None, :] * out_stride + row[:, None],
@@ -186,7 +188,7 @@ def int4_stream_kernel(
     ends_inside = end % K_TILES != 0
     if ends_inside:
         if not GROUPED:
-            acc *= tl.load(scales_ptr + last_tile * BLOCK_OUT + local).to(tl.float32)[:, None]
+            acc *= (tl.load(scales_ptr + last_tile * BLOCK_OUT + local).to(tl.float32) * UNIT)[:, None]
         slot = program * 2 + (begin <= last_tile * K_TILES).to(tl.int32)
         tl.store(parts_ptrs + slot * CELLS, acc)
     # All threads' stores come before the count that publishes them.
