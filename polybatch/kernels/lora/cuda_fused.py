@@ -144,7 +144,7 @@ class FusedLora:
                 out[base:], out.stride(0), eps, *self._of_rows(group, layer, memory, base),
                 WIDTH=width, BLOCK=block, BLOCK_T=tokens, HAS_CHOSEN=rows is not None,
                 HAS_WIDE=rows is None and self._plan.num_wide > 0, UNIT=self._lora.unit, BLOCK_R=rank,
-                num_warps=warps, maxnreg=self._registers(warps),
+                num_warps=warps, maxnreg=self._registers(warps) if warps >= 8 else None,
             )  # fmt: skip
         if self._plan.num_wide and rows is None:
             block, tokens, warps, stages = NORM_TILES
