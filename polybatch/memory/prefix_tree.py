@@ -201,12 +201,20 @@ class PrefixTree:
 
     def evict(self, n: int = 1) -> bool:
         """Free the `n` least recently used pages that only the tree holds; False if there are fewer."""
+        heap, node = self._evictable, None
         for _ in range(n):
-            if self.oldest() is None:
-                return False
-            node = heapq.heappop(self._evictable)[2]
-            node.is_queued = False
-            self._detach(node)
+            if node is None:
+                if self.oldest() is None:
+                    return False
+                node = heapq.heappop(heap)[2]
+                node.is_queued = False
+            node = self._detach(node)
+            # What was released together goes one page after the other, without passing through the queue.
+            if node is not None and heap and heap[0][0] < node.last_used:
+                self._queue(node)
+                node = None
+        if node is not None:
+            self._queue(node)
         return True
 
     def drop(self, namespace: str) -> None:
@@ -290,7 +298,8 @@ class PrefixTree:
         if parent.heads.get(node.key[0]) is node:
             del parent.heads[node.key[0]]
 
-    def _detach(self, node: Node) -> None:
+    def _detach(self, node: Node) -> Node | None:
+        """Take out a leaf; returns its parent if that can be evicted now, and is to be queued."""
         parent = node.parent
         assert parent is not None
         self._unlink(node)
@@ -299,16 +308,18 @@ class PrefixTree:
         self.num_nodes -= 1
         self._pool.disown(node.page)
         if parent.children:
-            return
+            return None
         if isinstance(parent, Root):
             del self._roots[parent.namespace]
-        elif self._pool.refs[parent.page] == 1:
-            self._queue(parent)
+            return None
+        return parent if self._pool.refs[parent.page] == 1 else None
 
     def _forget(self, node: Node) -> None:
         """Take out an idle node and what hangs below it, all of it idle."""
         self._detach_below(node)
-        self._detach(node)
+        parent = self._detach(node)
+        if parent is not None:
+            self._queue(parent)
 
     def _detach_below(self, root: Node) -> None:
         for node in reversed(list(self._walk(root))):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 from polybatch.config import SchedulerConfig, ServiceLevels
 from polybatch.errors import RequestError
@@ -26,6 +27,7 @@ from polybatch.simulate.traces import TraceRequest
 
 _PARAMS = SamplingParams(max_tokens=None)
 _STOP_IDS = frozenset((STOP_TOKEN,))
+_SEQ = itemgetter(0)
 
 
 class Outcome:
@@ -278,7 +280,16 @@ class Replica:
         live, none = self.live, LogitRows.NONE
         tokens: list[tuple[int, ...]] = []
         add = tokens.append
-        for seq, _, _, logits in plan.chunks:
+        chunks, num_decodes = plan.chunks, plan.num_decodes
+        decoding = list(map(live.get, map(_SEQ, chunks[:num_decodes])))
+        if None in decoding:  # left while the step ran
+            decoding, num_decodes = [], 0
+        for outcome in decoding:
+            assert outcome is not None
+            times = outcome.token_times
+            times.append(now)
+            add(outcome.last_tokens if len(times) == outcome.num_target else outcome.tokens)
+        for seq, _, _, logits in chunks[num_decodes:]:
             outcome = live.get(seq)
             if outcome is None or logits is none:
                 add(())

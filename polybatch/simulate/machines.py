@@ -100,19 +100,27 @@ def _profiled(name: str) -> Machine:
 BUILT_IN = {"h100-8b": h100_8b, "cpu-135m": cpu_135m}
 
 
-def scaled(machine: Machine, *, parameters: float = 1.0, num_devices: int = 1) -> Machine:
-    """An estimate of a larger model or of several devices that share one (tensor parallelism).
+def scaled(
+    machine: Machine,
+    *,
+    parameters: float = 1.0,
+    num_devices: int = 1,
+    arithmetic: float = 1.0,
+    bandwidth: float = 1.0,
+) -> Machine:
+    """An estimate of a larger model, of several devices that share one (tensor parallelism), or of others.
 
     parameters: the new model's size as a multiple of the old one's. Weights, arithmetic and adapters grow
     with it; KV per token with its square root, as depth and width both grow. Each of `num_devices` does its
     part of all that at 85 % efficiency, launches all of it, and holds its part of weights and pages; the
     memory that the weights do not take, and the cost of the sums between devices, are not known here: check
-    pages and steps by hand.
+    pages and steps by hand. arithmetic, bandwidth: how many times as fast the other device computes and reads
+    its memory; its host and its link are taken to be the same.
     """
-    if parameters <= 0 or num_devices < 1:
+    if parameters <= 0 or num_devices < 1 or arithmetic <= 0 or bandwidth <= 0:
         raise ConfigError(
-            f"parameters is {parameters} and num_devices is {num_devices}; they must be positive: "
-            "give multiples of the measured machine"
+            f"parameters is {parameters}, num_devices is {num_devices}, arithmetic is {arithmetic} and "
+            f"bandwidth is {bandwidth}; they must be positive: give multiples of the measured machine"
         )
     costs = machine.costs
     if not isinstance(costs, CostModel):
@@ -120,12 +128,19 @@ def scaled(machine: Machine, *, parameters: float = 1.0, num_devices: int = 1) -
     share = 1.0 if num_devices == 1 else 1 / (0.85 * num_devices)
     wide, kv = parameters * share, parameters**0.5 * share
     factors = {
-        "base": wide, "per_token": wide, "per_token_beyond": wide, "per_context": kv, "per_pair": kv,
-        "per_shared_context": kv, "per_prefill_context": kv, "per_head": wide, "per_adapter_work": wide,
-        **dict.fromkeys(FLOORS, parameters**0.5), "per_largest_page": wide,
-        "per_adapter_page": share, "per_adapter_token": wide, "per_load_page": share,
+        **dict.fromkeys(("per_token", "per_token_beyond", "per_adapter_work"), wide / arithmetic),
+        "per_pair": kv / arithmetic,
+        **dict.fromkeys(("base", "per_head", "per_largest_page", "per_adapter_token"), wide / bandwidth),
+        **dict.fromkeys(("per_context", "per_shared_context", "per_prefill_context"), kv / bandwidth),
+        "per_adapter_page": share / bandwidth, "per_load_page": share,
+        **dict.fromkeys(FLOORS, parameters**0.5),
     }  # fmt: skip
-    scaled_costs = replace(costs, **{name: getattr(costs, name) * by for name, by in factors.items()})
+    # Up to the hinge, arithmetic hides behind memory.
+    scaled_costs = replace(
+        costs,
+        hinge=round(costs.hinge * arithmetic / bandwidth),
+        **{name: getattr(costs, name) * by for name, by in factors.items()},
+    )
     pages = int(machine.pool.num_pages * num_devices / parameters**0.5)
     pool = replace(
         machine.pool, num_pages=max(1, pages), page_bytes=int(machine.pool.page_bytes * parameters**0.5)

@@ -69,5 +69,8 @@ def test_a_scaled_machine_is_an_estimate_that_grows_with_the_model_and_shrinks_w
     assert larger.decode_s(1, 100) == pytest.approx(2 * machine.decode_s(1, 100), rel=0.05)
     assert shared.decode_s(1, 100) == pytest.approx(machine.decode_s(1, 100) / 1.7, rel=0.05)
     assert shared.pool.num_pages == 2 * machine.pool.num_pages
+    slower = scaled(machine, arithmetic=0.5, bandwidth=0.25)
+    assert slower.decode_s(1, 100) == pytest.approx(4 * machine.decode_s(1, 100), rel=0.05)
+    assert slower.prefill_s(100_000) == pytest.approx(2 * machine.prefill_s(100_000), rel=0.2)
     with pytest.raises(ConfigError, match="parameters is 0"):
         scaled(machine, parameters=0)
