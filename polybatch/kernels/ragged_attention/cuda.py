@@ -37,8 +37,11 @@ LOG2_E = 1.4426950408889634
 # How a launch starts: after the kernel before; while that one ends; beside it, which started so itself.
 AFTER, DEPENDENT, BESIDE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 MERGE_ROWS, MERGE_WARPS = 8, 2  # small programs: all of 256 rows run at once
-# For 16-bit types and head dims up to 128; see `benchmarks/cuda/attention_prefix.py`.
-SHARED: SharedTiles | None = None
+# For 16-bit types and head dims up to 128; chosen by benchmarks/cuda/attention_prefix.py on an H100.
+SHARED = SharedTiles(
+    narrow=Tile(16, 32, num_stages=2, programs_per_sm=4, max_registers=64, prefetch=True),
+    wide=Tile(128, 32, num_warps=8, num_stages=4, max_registers=128, prefetch=True),
+)
 
 
 @triton.jit
