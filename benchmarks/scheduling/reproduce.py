@@ -16,7 +16,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.scheduling import deadlines, distserve, groups, hexgen, live_offline, sarathi, slora
+from benchmarks.scheduling import (
+    deadlines,
+    distserve,
+    groups,
+    hexgen,
+    live_deadlines,
+    live_offline,
+    sarathi,
+    sarathi_capacity,
+    slora,
+)
 from polybatch import __version__
 from polybatch.simulate.machines import Machine, load_machine
 
@@ -24,11 +34,13 @@ RESULTS = Path(__file__).parents[1] / "results" / "scheduling"
 
 EXPERIMENTS: dict[str, Callable[[Machine], dict[str, Any]]] = {
     "sarathi_long_prompts": sarathi.long_prompts,
-    "sarathi_capacity": sarathi.capacity,
+    "sarathi_capacity": sarathi_capacity.capacity,
+    "sarathi_a100": sarathi_capacity.on_a100,
     "slora_admission": slora.admission,
     "slora_adapters": slora.adapters,
     "deadline_overload": deadlines.overload,
     "deadline_traces": deadlines.on_traces,
+    "live_deadlines": live_deadlines.attainment,
     "live_offline": live_offline.live_and_offline,
     "distserve_goodput": distserve.goodput,
     "hexgen_slo_scale": hexgen.slo_scale,

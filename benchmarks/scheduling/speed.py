@@ -1,7 +1,7 @@
 """How fast the simulator is: steps per minute of one core, by sequences per step.
 
-Claim: at least 200,000 steps a minute at 32 or more sequences per step. Time is this process's own processor
-time.
+Claim: at least 200,000 steps a minute at up to 166 sequences per step. Time is this process's own processor
+time, the least of three runs, since neighbours of a processor slow it down as well.
 
     python -m benchmarks.scheduling.speed
 """
@@ -20,7 +20,7 @@ from polybatch.simulate.machines import h100_8b
 from polybatch.simulate.traces import Trace, TraceRequest
 
 OUT = Path(__file__).parents[1] / "results" / "scheduling" / "speed.json"
-CLAIMED_ROWS, CLAIMED = 32, 200_000
+CLAIMED, RUNS = 200_000, 3
 
 
 def steady(rows: int) -> Trace:
@@ -43,18 +43,20 @@ def steady(rows: int) -> Trace:
 def main() -> None:
     rows: list[dict[str, Any]] = []
     for num in (1, 8, 32, 64, 128, 250):
-        started = time.process_time()
-        run = simulate(steady(num), h100_8b())
-        seconds = time.process_time() - started
+        trace, machine = steady(num), h100_8b()
+        seconds = float("inf")
+        for _ in range(RUNS):
+            started = time.process_time()
+            run = simulate(trace, machine)
+            seconds = min(seconds, time.process_time() - started)
         rows.append(
             {"rows_per_step": sum(r.num_rows for r in run.replicas) / run.num_steps,
              "num_steps": run.num_steps, "steps_per_minute": 60 * run.num_steps / seconds}
         )  # fmt: skip
         print(json.dumps(rows[-1]), flush=True)
-    claimed = next(row for row in rows if row["rows_per_step"] >= CLAIMED_ROWS)
     result = {
-        "claim": f"at least {CLAIMED:,} steps a minute at {CLAIMED_ROWS} or more sequences per step",
-        "holds": claimed["steps_per_minute"] >= CLAIMED,
+        "claim": f"at least {CLAIMED:,} steps a minute at every number of sequences per step",
+        "holds": all(row["steps_per_minute"] >= CLAIMED for row in rows),
         "command": "python -m benchmarks.scheduling.speed",
         "version": __version__,
         "rows": rows,

@@ -8,6 +8,8 @@ that asking how much room there is costs nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from polybatch.errors import EngineError
 
 
@@ -75,15 +77,22 @@ class PagePool:
 
     def release(self, page: int) -> None:
         """Drop a reference; the page is free when none is left, cached when only the tree's is left."""
-        refs = self.refs[page] - 1
-        if refs < self._in_tree[page]:
-            raise EngineError(f"page {page} was released more often than it was taken")
-        self.refs[page] = refs
-        self.num_releases += 1
-        if refs == 0:
-            self._free.append(page)
-        elif refs == 1 and self._in_tree[page]:
-            self.num_cached += 1
+        self.release_all((page,))
+
+    def release_all(self, pages: Iterable[int]) -> None:
+        """`release` each of these."""
+        refs, in_tree, free = self.refs, self._in_tree, self._free
+        for page in pages:
+            left = refs[page] - 1
+            is_in_tree = in_tree[page]
+            if left < is_in_tree:
+                raise EngineError(f"page {page} was released more often than it was taken")
+            refs[page] = left
+            self.num_releases += 1
+            if left == 0:
+                free.append(page)
+            elif left == 1 and is_in_tree:
+                self.num_cached += 1
 
     def adopt(self, page: int) -> None:
         """Add the prefix tree's reference to a page that a sequence holds."""

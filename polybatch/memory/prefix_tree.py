@@ -173,12 +173,14 @@ class PrefixTree:
         """
         pool = self._pool
         now = self._clock.tick()
+        pages = list(pages)
+        pool.release_all(pages)
+        refs, node_of = pool.refs, self._node_of
         for page in pages:
-            pool.release(page)
-            node = self._node_of[page]
+            node = node_of[page]
             if node is not None:
                 node.last_used = now
-                if not node.children and pool.refs[page] == 1:
+                if not node.children and refs[page] == 1:
                     self._queue(node)
         for page in dead:
             node = self._node_of[page]
