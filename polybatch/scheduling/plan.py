@@ -86,7 +86,7 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        return sum(chunk.n_new for chunk in self.chunks)
+        return self.num_decodes + sum(chunk.n_new for chunk in self.chunks[self.num_decodes :])
 
 
 @dataclass(frozen=True, slots=True)
