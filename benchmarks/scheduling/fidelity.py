@@ -266,7 +266,7 @@ def main() -> None:
                 row = {"errors": errors, "drift": factors, "measured": measured, "simulated": simulated}
                 found.setdefault(make.__name__.replace("_", " "), []).append(row)
                 print(json.dumps({"workload": trace.name, **row}), flush=True)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "workload": name,
             "errors": {key: quantile([row["errors"][key] for row in rounds], 0.5) for key in CHECKED},

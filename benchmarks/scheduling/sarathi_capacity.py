@@ -49,7 +49,7 @@ CLAIM = (
 DATA = Path(__file__).parents[3] / "shared" / "data"
 TRACES = {"azure_code": "azure_llm_code_2023.csv", "mooncake": "mooncake_conversation_first_half.jsonl"}
 
-A100 = {"arithmetic": 312 / 989, "bandwidth": 2.04 / 3.35}
+A100_ARITHMETIC, A100_BANDWIDTH = 312 / 989, 2.04 / 3.35
 """An A100 of 80 GB as a multiple of an H100: dense TFLOP/s in bfloat16, TB/s (their data sheets)."""
 
 
@@ -77,10 +77,7 @@ def capacity(machine: Machine) -> dict[str, Any]:
 def on_a100(machine: Machine) -> dict[str, Any]:
     """Estimates of the paper's machines: a model of 8B on one A100, of 34B on two."""
     rows = []
-    for label, other in (
-        ("8B on an A100", scaled(machine, **A100)),
-        ("34B on two A100", scaled(machine, parameters=34.4 / 8.03, num_devices=2, **A100)),
-    ):
+    for label, other in a100_machines(machine).items():
         for workload in data_sets():
             rows += [{"machine": label, **row} for row in _search(other, workload, two_ways)]
     orderings = [_claims(group) for group in _groups(rows)]
@@ -90,6 +87,16 @@ def on_a100(machine: Machine) -> dict[str, Any]:
         "orderings": orderings,
         "rows": rows,
     }
+
+
+def a100_machines(machine: Machine) -> dict[str, Machine]:
+    def other(parameters: float, num_devices: int) -> Machine:
+        return scaled(
+            machine, parameters=parameters, num_devices=num_devices, arithmetic=A100_ARITHMETIC,
+            bandwidth=A100_BANDWIDTH,
+        )  # fmt: skip
+
+    return {"8B on an A100": other(1.0, 1), "34B on two A100": other(34.4 / 8.03, 2)}
 
 
 def data_sets() -> list[Workload]:
