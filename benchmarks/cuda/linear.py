@@ -1,7 +1,6 @@
 """Low-precision linear layers at the four fused shapes of Llama-3.1-8B, against cuBLAS in bfloat16.
 
     python -m benchmarks.cuda.linear [--quick] [--out linear.json]
-    python -m benchmarks.cuda.linear_sweep                            # candidates for few tokens
 
 Claim: with 4-bit weights a layer's linears take at most 1/3.3 of cuBLAS's time at 1 to 16 tokens, 1/3 at 32,
 1/2 at 64 and 1/1.3 at 128, and 1.15 of it in prefill from 2048 on. First every kernel is held to a float64
@@ -60,6 +59,8 @@ TILES: dict[int, tuple[tuple[int, int, int, bool], ...]] = {
     64: ((64, 4, 3, False), (128, 8, 3, False), (128, 8, 3, True)),
     128: ((128, 8, 4, True), (256, 8, 3, True)),
 }
+# Tile of tokens -> tiles of rows, stages of the kernel that sums over all inputs in a program of four warps.
+ROW_TILES = {8: ((16, 3), (16, 4), (32, 4)), 16: ((16, 3), (32, 3))}
 PROGRAMS = (0, 132, 264, 396, 528, 1056)
 """Wanted in all; the inputs are split to come near. 0: not split."""
 
@@ -107,6 +108,8 @@ def candidates(tokens: int, layout: Int4Layout) -> list[Int4Config]:
             for wanted in PROGRAMS if tokens <= 128 else (0,):
                 split = max(1, min(round(wanted / programs), layout.k_tiles // 2, 8))
                 found[Int4Config(block_m, block_out, split, warps, stages, is_scaled)] = None
+        for block_out, stages in ROW_TILES.get(block_m, ()):
+            found[Int4Config(block_m, block_out, 1, 4, stages, has_all_inputs=True)] = None
     return list(found)
 
 
@@ -298,15 +301,13 @@ def describe(timing: Timing) -> str:
     c = timing.config
     assert c is not None
     tile = f"{c.block_m}x{c.block_out}/{c.split} w{c.num_warps} s{c.num_stages}"
-    return f"{tile}{' scaled' if c.is_scaled else ''} {timing.us:.1f}"
+    kind = " scaled" if c.is_scaled else " rows" if c.has_all_inputs else ""
+    return f"{tile}{kind} {timing.us:.1f}"
 
 
 def as_source(config: Int4Config) -> str:
     tail = ", is_scaled=True" if config.is_scaled else ""
-    tail += f", slices={config.slices}" if config.slices else ""
-    tail += f", programs={config.programs}" if config.programs else ""
-    tail += ", is_short=True" if config.is_short else ""
-    tail += f", max_registers={config.max_registers}" if config.max_registers else ""
+    tail += ", has_all_inputs=True" if config.has_all_inputs else ""
     numbers = (config.block_m, config.block_out, config.split, config.num_warps, config.num_stages)
     return f"Int4Config({', '.join(map(str, numbers))}{tail})"
 

@@ -104,7 +104,7 @@ def test_int4_is_the_same_for_any_cut_of_the_inputs(split: int, block_m: int, bl
     x = draw(2, 33, 1304, dtype=torch.bfloat16)
     expected = x.double() @ dequantize_symmetric(weight).double().T
     linear = Int4Linear(pack_int4(weight.to(DEVICE)), workspace())
-    config = Int4Config(block_m, block_out, split, 4, 2, is_short=split == 2)
+    config = Int4Config(block_m, block_out, split, 4, 2)
     linear.reserve([(33, config)])
     for _ in range(2):  # The counters must be zero again after a launch.
         result = poisoned(33, 128, torch.bfloat16)
@@ -129,40 +129,22 @@ def test_int4_is_the_same_with_scaled_weights_and_shorter_steps(
     assert relative_error(result, expected) < TOLERANCE[torch.bfloat16]
 
 
-@pytest.mark.parametrize(("warps", "slices", "block_rows"), [(4, 1, 32), (2, 4, 16), (8, 2, 32)])
+@pytest.mark.parametrize(("block_m", "block_out", "warps"), [(8, 16, 4), (16, 16, 4), (8, 32, 2)])
 @pytest.mark.parametrize(
     ("inputs", "group", "zeros"),
     [(2048, 128, False), (1304, 128, True), (1280, 256, True), (1304, None, False)],
 )
 def test_int4_is_the_same_with_all_inputs_of_a_row_in_one_program(
-    warps: int, slices: int, block_rows: int, inputs: int, group: int | None, zeros: bool
+    block_m: int, block_out: int, warps: int, inputs: int, group: int | None, zeros: bool
 ) -> None:
     weight = random_int4(7, 120, inputs, group, zeros)
     x = draw(4, 11, inputs, dtype=torch.bfloat16)
     expected = x.double() @ dequantize_symmetric(weight).double().T
     linear = Int4Linear(pack_int4(weight.to(DEVICE)), workspace())
     result = poisoned(11, 120, torch.bfloat16)
-    config = Int4Config(8, block_rows, 1, warps, 3, slices=slices, is_short=slices > 1)
+    config = Int4Config(block_m, block_out, 1, warps, 3, has_all_inputs=True)
     linear.forward_fused(x.to(DEVICE), result, config)
     assert relative_error(result, expected) < TOLERANCE[torch.bfloat16]
-
-
-@pytest.mark.parametrize("programs", [1, 3, 5, 8])
-@pytest.mark.parametrize(("group", "zeros"), [(128, False), (256, True), (None, False)])
-def test_int4_is_the_same_however_many_programs_share_the_steps(
-    programs: int, group: int | None, zeros: bool
-) -> None:
-    inputs = 768 if group == 256 else 776
-    weight = random_int4(8, 100, inputs, group, zeros)
-    x = draw(5, 9, inputs, dtype=torch.bfloat16)
-    expected = x.double() @ dequantize_symmetric(weight).double().T
-    linear = Int4Linear(pack_int4(weight.to(DEVICE)), workspace())
-    config = Int4Config(8, 64, 1, 4, 2, programs=programs, is_short=programs > 3)
-    linear.reserve([(9, config)])
-    for _ in range(2):  # The counters must be zero again after a launch.
-        result = poisoned(9, 100, torch.bfloat16)
-        linear.forward_fused(x.to(DEVICE), result, config)
-        assert relative_error(result, expected) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.parametrize(("group", "zeros"), [(128, True), (None, False)])

@@ -21,7 +21,6 @@ from polybatch.kernels.linear.cuda_config import Int4Config, int4_config
 from polybatch.kernels.linear.cuda_fp8 import quantize_tokens_kernel
 from polybatch.kernels.linear.cuda_int4 import dequantize_kernel, int4_linear_kernel
 from polybatch.kernels.linear.cuda_int4_rows import int4_rows_kernel
-from polybatch.kernels.linear.cuda_int4_stream import int4_stream_kernel
 from polybatch.kernels.linear.cuda_pack import K_TILE, ROW_TILE, Int4Layout, pack_int4
 from polybatch.kernels.linear.cuda_workspace import LinearWorkspace, check_product
 from polybatch.kernels.linear.quantize_symmetric import (
@@ -106,7 +105,7 @@ class FloatLinear:
 
 
 class Int4Linear:
-    """4-bit weights: the fused kernel up to FUSED_TOKENS tokens, above it widened weights and cuBLAS."""
+    """4-bit weights: a fused kernel up to FUSED_TOKENS tokens, above it widened weights and cuBLAS."""
 
     def __init__(self, layout: Int4Layout, workspace: LinearWorkspace) -> None:
         self.layout = layout
@@ -123,13 +122,11 @@ class Int4Linear:
 
     def reserve(self, configs: list[tuple[int, Int4Config]]) -> None:
         """Room for the partial sums of these (tokens, configuration) pairs."""
-        cells = tiles = 1
-        for num_tokens, config in configs:
-            m_tiles, out_tiles = -(-num_tokens // config.block_m), self.layout.rows // config.block_out
-            tiles = max(tiles, m_tiles * out_tiles)
-            cells = max(cells, config.partial_tiles(m_tiles, out_tiles) * config.block_m * config.block_out)
-        self._workspace.reserve("partials", cells, torch.float32)
-        self._workspace.reserve("arrived", tiles, torch.int32)
+        rows = self.layout.rows
+        split = [(-(-m // c.block_m) * (rows // c.block_out), c) for m, c in configs if c.split > 1]
+        cells = [tiles * c.split * c.block_out * c.block_m for tiles, c in split]
+        self._workspace.reserve("partials", max(cells, default=1), torch.float32)
+        self._workspace.reserve("arrived", max((tiles for tiles, _ in split), default=1), torch.int32)
 
     def forward(self, x: torch.Tensor, out: torch.Tensor) -> None:
         num_tokens = x.shape[0]
@@ -154,46 +151,36 @@ class Int4Linear:
     ) -> tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]:
         """Kernel, grid, arguments, options."""
         layout = self.layout
-        m_tiles = -(-x.shape[0] // config.block_m)
+        m_tiles, out_tiles = -(-x.shape[0] // config.block_m), layout.rows // config.block_out
         tables = (layout.words, layout.scales, layout.scales if layout.offsets is None else layout.offsets)
         sizes = (x.shape[0], layout.num_in, layout.num_out, layout.rows, layout.k_tiles)
         options: dict[str, Any] = {
             "BLOCK_M": config.block_m,
-            "EVEN_K": layout.num_in % K_TILE == 0,
+            "BLOCK_OUT": config.block_out,
             "GROUPED": layout.is_grouped,
             "HAS_ZEROS": layout.offsets is not None,
             "SCALES_BF16": layout.scales_bf16,
-            "SHORT": config.is_short,
             "ASSEMBLY": not _INTERPRETED,
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
         }
-        if config.max_registers:
-            options["maxnreg"] = config.max_registers
-        out_tiles = layout.rows // config.block_out
-        if config.slices:
+        if config.has_all_inputs:
             options |= {
-                "BLOCK_ROWS": config.block_out,
                 "INNER": config.num_warps,
-                "COLUMNS": config.columns,
-                "STEPS": -(-layout.k_tiles // config.num_warps) * (64 // config.columns),
-                "SLICES": config.slices,
+                "STEPS": -(-layout.k_tiles // config.num_warps),
                 "EVEN_K": layout.num_in % (K_TILE * config.num_warps) == 0,
             }
-            grid: tuple[int, ...] = (out_tiles // config.slices, m_tiles)
             arguments: tuple[Any, ...] = (x, *tables, out, *sizes, x.stride(0), out.stride(0))
-            return int4_rows_kernel, grid, arguments, options
+            return int4_rows_kernel, (out_tiles, m_tiles), arguments, options
+        options |= {
+            "COLUMNS": config.columns,
+            "REDUCED": config.parts_at_a_time,
+            "EVEN_K": layout.num_in % K_TILE == 0,
+            "SCALED": config.is_scaled and layout.is_grouped,
+        }
         scratch = (self._workspace.buffer("partials"), self._workspace.buffer("arrived"))
-        options |= {"BLOCK_OUT": config.block_out, "REDUCED": config.parts_at_a_time}
-        if config.programs:
-            options["K_TILES"] = layout.k_tiles
-            grid = (min(config.programs, out_tiles * layout.k_tiles), m_tiles)
-            arguments = (x, *tables, out, *scratch, *sizes[:-1], x.stride(0), out.stride(0))
-            return int4_stream_kernel, grid, arguments, options
-        options |= {"COLUMNS": config.columns, "SCALED": config.is_scaled and layout.is_grouped}
-        grid = (m_tiles, out_tiles, config.split)
         arguments = (x, *tables, out, *scratch, *sizes, config.split, x.stride(0), out.stride(0))
-        return int4_linear_kernel, grid, arguments, options
+        return int4_linear_kernel, (m_tiles, out_tiles, config.split), arguments, options
 
     def forward_widened(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Rows of weights by the chunk: widen them into scratch, multiply."""

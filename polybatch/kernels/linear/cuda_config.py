@@ -1,4 +1,4 @@
-"""How the int4 kernels cut their work, by shape; measured by benchmarks/cuda/linear.py and linear_sweep.py.
+"""How the int4 kernels cut their work, by shape; measured by benchmarks/cuda/linear.py.
 
 Programs wait for memory together, so all of a launch should be resident at once, evenly loaded. Splitting
 the inputs fills the device where tiles are few, and costs a sum over the parts. From 64 tokens on, x passes
@@ -14,15 +14,11 @@ _ANY = 1 << 62
 
 @dataclass(frozen=True, slots=True)
 class Int4Config:
-    """Tile sizes, parts of the inputs, warps, pipeline stages of one of the int4 kernels.
+    """Tile sizes, parts of the inputs, warps, pipeline stages.
 
     is_scaled: scales multiply weights, not sums.
-    slices: if not 0, int4_rows_kernel, where a program takes this many blocks of rows over all inputs (split
-    is 1) and each warp a tile of 256 inputs at a time.
-    programs: if not 0, int4_stream_kernel in at most this many programs (split is 1), with scales on sums.
-    With neither, int4_linear_kernel.
-    is_short: unpack with two shifts fewer; not with is_scaled.
-    max_registers: of a thread, so that enough programs are resident at once; 0: as the compiler likes.
+    has_all_inputs: int4_rows_kernel, where a program sums over all inputs (split is 1; scales multiply sums);
+    otherwise int4_linear_kernel.
     """
 
     block_m: int
@@ -31,27 +27,18 @@ class Int4Config:
     num_warps: int
     num_stages: int
     is_scaled: bool = False
-    slices: int = 0
-    programs: int = 0
-    is_short: bool = False
-    max_registers: int = 0
+    has_all_inputs: bool = False
 
     @property
     def columns(self) -> int:
         """Of a tile's 64, in a step."""
-        return 32 if self.is_scaled or (self.slices and self.num_warps > 4) else 64
+        return 32 if self.is_scaled else 64
 
     @property
     def parts_at_a_time(self) -> int:
         """Parts whose sums are loaded together at the end: up to 64 registers of them; 0 if not split."""
         per_thread = self.block_m * self.block_out // (32 * self.num_warps)
-        return 0 if self.split == 1 and not self.programs else max(1, min(8, 64 // per_thread))
-
-    def partial_tiles(self, m_tiles: int, out_tiles: int) -> int:
-        """Tiles of sums in scratch memory."""
-        if self.programs:
-            return m_tiles * self.programs * 2
-        return m_tiles * out_tiles * self.split if self.split > 1 else 0
+        return 0 if self.split == 1 else max(1, min(8, 64 // per_thread))
 
 
 def int4_config(num_tokens: int, rows: int, k_tiles: int) -> Int4Config:
@@ -74,8 +61,8 @@ _CLASSES: tuple[tuple[int, Int4Config, int, dict[tuple[int, int], Int4Config]], 
         Int4Config(16, 64, 1, 4, 3),
         448,
         {
-            _QKV: Int4Config(16, 64, 4, 4, 3),
-            _O: Int4Config(8, 32, 8, 2, 3),
+            _QKV: Int4Config(8, 16, 1, 4, 3, has_all_inputs=True),
+            _O: Int4Config(8, 16, 1, 4, 4, has_all_inputs=True),
             _GATE_UP: Int4Config(16, 64, 1, 4, 3),
             _DOWN: Int4Config(8, 32, 8, 2, 3),
         },
@@ -86,7 +73,7 @@ _CLASSES: tuple[tuple[int, Int4Config, int, dict[tuple[int, int], Int4Config]], 
         448,
         {
             _QKV: Int4Config(16, 64, 4, 4, 3),
-            _O: Int4Config(16, 64, 8, 4, 3),
+            _O: Int4Config(16, 16, 1, 4, 3, has_all_inputs=True),
             _GATE_UP: Int4Config(16, 64, 1, 4, 3),
             _DOWN: Int4Config(16, 64, 8, 4, 3),
         },

@@ -14,7 +14,7 @@ would, and a step covers COLUMNS = 32 of a tile's 64 columns to keep three stage
 Few tokens leave too few tiles for all multiprocessors, so inputs are split among `split` programs. Each
 writes its sums; the last to arrive adds all in the order of the inputs, so that the result does not depend
 on who that was. Not here: thousands of tokens, for which `Int4Linear` widens the weights into scratch and
-calls cuBLAS.
+calls cuBLAS, and the few places where `cuda_int4_rows` is faster.
 
 Sources: MARLIN (Frantar et al. 2024) for the offline layout and the unpacking; the exponent trick as in
 Kim et al. 2022 ("Who says elephants can't run").
@@ -62,46 +62,11 @@ _SCALE = """
 # 128 and 136 in bfloat16, 1024 and 1032 in float16, twice.
 _BF16 = {"type": "bf16x2", "magic": "0x43004300", "zero": "0x43084308"}
 _FP16 = {"type": "f16x2", "magic": "0x64006400", "zero": "0x64086408"}
-# Two shifts fewer. A nibble alone in a 16-bit float is n 2^-133 or, four bits higher, 16 n 2^-133 in bfloat16
-# (subnormals and the first normal numbers are evenly spaced); times 2^127 or 2^123, that is n / 64. float16
-# has room for 1024 + 16 n.
-_SHORT_BF16 = """{{
-    .reg .b32 b, m, h, z;
-    mov.b32 m, 0x7F007F00;
-    mov.b32 h, 0x7D007D00;
-    mov.b32 z, 0xBE00BE00;
-    shr.u32 b, $4, 8;
-    and.b32 $0, $4, 0x000F000F;
-    and.b32 $1, $4, 0x00F000F0;
-    and.b32 $2, b, 0x000F000F;
-    and.b32 $3, b, 0x00F000F0;
-    fma.rn.bf16x2 $0, $0, m, z;
-    fma.rn.bf16x2 $1, $1, h, z;
-    fma.rn.bf16x2 $2, $2, m, z;
-    fma.rn.bf16x2 $3, $3, h, z;
-}}"""
-_SHORT_FP16 = """{{
-    .reg .b32 b, h, y, z;
-    mov.b32 h, 0x2C002C00;
-    mov.b32 y, 0xD480D480;
-    mov.b32 z, 0x64086408;
-    shr.u32 b, $4, 8;
-    lop3.b32 $0, $4, 0x000F000F, 0x64006400, 0xEA;
-    lop3.b32 $1, $4, 0x00F000F0, 0x64006400, 0xEA;
-    lop3.b32 $2, b, 0x000F000F, 0x64006400, 0xEA;
-    lop3.b32 $3, b, 0x00F000F0, 0x64006400, 0xEA;
-    sub.f16x2 $0, $0, z;
-    fma.rn.f16x2 $1, $1, h, y;
-    sub.f16x2 $2, $2, z;
-    fma.rn.f16x2 $3, $3, h, y;
-}}"""
 _UNPACK = _EXTRACT + _SUBTRACT + "}}"
 _UNPACK_SCALED = _EXTRACT + _SUBTRACT + _SCALE + "}}"
 _UNPACK_ZEROS = _EXTRACT + _SUBTRACT_ZEROS + _SCALE + "}}"
 UNPACK_BF16 = tl.constexpr(_UNPACK.format(**_BF16))
 UNPACK_FP16 = tl.constexpr(_UNPACK.format(**_FP16))
-UNPACK_SHORT_BF16 = tl.constexpr(_SHORT_BF16.format())
-UNPACK_SHORT_FP16 = tl.constexpr(_SHORT_FP16.format())
 UNPACK_SCALED_BF16 = tl.constexpr(_UNPACK_SCALED.format(**_BF16))
 UNPACK_SCALED_FP16 = tl.constexpr(_UNPACK_SCALED.format(**_FP16))
 UNPACK_ZEROS_BF16 = tl.constexpr(_UNPACK_ZEROS.format(**_BF16))
@@ -129,37 +94,6 @@ def _planes(words, dtype: tl.constexpr, ASSEMBLY: tl.constexpr):
         p1 = (((words >> 4) & 15) - 8).to(dtype)
         p2 = (((words >> 8) & 15) - 8).to(dtype)
         p3 = (((words >> 12) & 15) - 8).to(dtype)
-    return p0, p1, p2, p3
-
-
-@triton.constexpr_function
-def _unit(dtype, SHORT):
-    """What the planes of SHORT are to be multiplied by."""
-    return 64.0 if SHORT and dtype == tl.bfloat16 else 1.0
-
-
-@triton.jit
-def _short_planes(words, of: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """_planes over _unit(of, True)."""
-    if ASSEMBLY:
-        p0, p1, p2, p3 = tl.inline_asm_elementwise(
-            UNPACK_SHORT_BF16 if of == tl.bfloat16 else UNPACK_SHORT_FP16,
-            "=&r,=&r,=&r,=&r,r",
-            [words],
-            dtype=(tl.int16, tl.int16, tl.int16, tl.int16),
-            is_pure=True,
-            pack=2,
-        )
-        p0 = p0.to(of, bitcast=True)
-        p1 = p1.to(of, bitcast=True)
-        p2 = p2.to(of, bitcast=True)
-        p3 = p3.to(of, bitcast=True)
-    else:
-        p0, p1, p2, p3 = _planes(words, tl.float32, ASSEMBLY)
-        p0 /= _unit(of, True)
-        p1 /= _unit(of, True)
-        p2 /= _unit(of, True)
-        p3 /= _unit(of, True)
     return p0, p1, p2, p3
 
 
@@ -274,30 +208,24 @@ def _add_products(
     x3,
     scales,
     offsets,
-    ones,
-    of: tl.constexpr,  # the dtype of x in memory
+    dtype: tl.constexpr,
     GROUPED: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     SCALES_BF16: tl.constexpr,
-    SHORT: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
-    """acc [.., R, M] plus [.., R, C] words times four planes [.., C, M] of x; [.., R] pairs of scales.
+    """acc [.., R, M] plus the product of words [.., R, C] and x0 to x3 [.., C, M], the planes of x^T.
 
-    ones: 1 / _unit of the weights' shape. Unless GROUPED, the sums are still to be multiplied by _unit.
+    scales, offsets: [.., R] pairs for this step's two groups; unless GROUPED, acc is still to be scaled.
     """
-    if SHORT:
-        w0, w1, w2, w3 = _short_planes(words, of, ASSEMBLY)
-    else:
-        w0, w1, w2, w3 = _planes(words, of if ASSEMBLY else tl.float32, ASSEMBLY)
+    w0, w1, w2, w3 = _planes(words, dtype, ASSEMBLY)
     if GROUPED:
         scale_low, scale_high = _scales_of(scales, SCALES_BF16)
-        scale_low *= _unit(of, SHORT)
-        scale_high *= _unit(of, SHORT)
         low = tl.zeros_like(acc)
         high = tl.zeros_like(acc)
         if HAS_ZEROS:
             # (q - zero) x = (q - 8) x + (8 - zero) sum(x); the matrix unit also sums x.
+            ones = tl.full(words.shape, 1.0, tl.float32).to(dtype)
             offset_low, offset_high = _offsets_of(offsets)
             low = tl.dot(ones, x1, tl.dot(ones, x0, low)) * tl.expand_dims(offset_low, -1)
             high = tl.dot(ones, x3, tl.dot(ones, x2, high)) * tl.expand_dims(offset_high, -1)
@@ -337,7 +265,6 @@ def int4_linear_kernel(
     HAS_ZEROS: tl.constexpr,
     SCALES_BF16: tl.constexpr,
     SCALED: tl.constexpr,
-    SHORT: tl.constexpr,  # two shifts fewer in unpacking; not with SCALED
     ASSEMBLY: tl.constexpr,
 ):
     """One tile [BLOCK_OUT, BLOCK_M] of y^T over one of `split` stretches of the inputs."""
@@ -354,8 +281,6 @@ def int4_linear_kernel(
     first = part * (k_tiles * STEPS) // split
     last = (part + 1) * (k_tiles * STEPS) // split
     acc = tl.zeros([BLOCK_OUT, BLOCK_M], tl.float32)
-    UNIT: tl.constexpr = _unit(x_ptr.dtype.element_ty, SHORT)
-    ones = tl.full([BLOCK_OUT, 64], 1 / UNIT, tl.float32).to(dtype)
     scales = tl.zeros([BLOCK_OUT], tl.int32)
     offsets = tl.zeros([BLOCK_OUT], tl.int32)
     # Fetched a tile ahead; both tables end with a spare row for that.
@@ -390,15 +315,14 @@ def int4_linear_kernel(
             acc = tl.dot(w3, x3, acc)
         else:
             acc = _add_products(
-                acc, words, x0, x1, x2, x3, scales, offsets, ones, x_ptr.dtype.element_ty,
-                GROUPED, HAS_ZEROS, SCALES_BF16, SHORT, ASSEMBLY,
+                acc, words, x0, x1, x2, x3, scales, offsets, dtype, GROUPED, HAS_ZEROS, SCALES_BF16, ASSEMBLY
             )  # fmt: skip
             if GROUPED:
                 scales = _load_pairs(scales_ptr + (tile + 1) * rows + row, ASSEMBLY)
                 if HAS_ZEROS:
                     offsets = _load_pairs(offsets_ptr + (tile + 1) * rows + row, ASSEMBLY)
     if not GROUPED:
-        acc *= (tl.load(scales_ptr + row).to(tl.float32) * UNIT)[:, None]
+        acc *= tl.load(scales_ptr + row).to(tl.float32)[:, None]
 
     mask = is_token[:, None] & (row < num_out)[None, :]
     out_ptrs = out_ptr + token[:, None] * out_stride + row[None, :]

@@ -1,13 +1,13 @@
 """int4 linear for few tokens in which a program sums over all inputs of its rows: no sums between programs.
 
 Splitting the inputs among programs fills the device when tiles are few, but costs a trip through memory for
-the sums, an atomic and another trip: about a microsecond of products that take six to fifteen. Here the
-inputs are split among the *warps* of a program (a batched product, a tile of 256 inputs to each of INNER
-warps), whose sums meet in shared memory. A grid is at most what is resident at once; with more slices of rows
-than that, a program takes several in one flat loop, so that loads for the next are under way while one ends.
+the sums, an atomic and another trip: about a microsecond of products that take six to nine. Here the inputs
+are split among the *warps* of a program (a batched product, a tile of 256 inputs to each of INNER warps),
+whose sums meet in shared memory; blocks of rows are small instead.
 
-Each program reads all of x, so this is for tokens whose x is small beside BLOCK_ROWS rows of weights: up to
-16. The layout and the arithmetic are `cuda_int4`'s.
+Each program reads all of x, so this is for up to 16 tokens, whose x is small beside the program's weights,
+and for few inputs: at 14,336, `cuda_int4`'s kernel, which splits them, is faster. The layout and the
+arithmetic are `cuda_int4`'s.
 """
 
 # Triton compiles these functions from their source; its own types are not Python's.
@@ -18,26 +18,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from polybatch.kernels.linear.cuda_int4 import _add_products, _load_pairs, _unit
+from polybatch.kernels.linear.cuda_int4 import _add_products, _load_pairs
 
 
 @triton.jit
-def _pointers_of_pairs(
-    step,
-    slice_stride,
-    rows,
-    k_tiles,
-    BLOCK_ROWS: tl.constexpr,
-    INNER: tl.constexpr,
-    HALVES: tl.constexpr,
-    STEPS: tl.constexpr,
-    SLICES: tl.constexpr,
-):
-    """[INNER, BLOCK_ROWS] places in a table for a step of the loop; past the last tile, its spare row."""
-    step = tl.minimum(step, SLICES * STEPS - 1)
-    tile = (step % STEPS) // HALVES * INNER + tl.arange(0, INNER)
-    row = (tl.program_id(0) + step // STEPS * slice_stride) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    return tl.minimum(tile, k_tiles)[:, None] * rows + row[None, :]
+def _pairs_of(table_ptr, step, row, rows, k_tiles, INNER: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """[INNER, R] pairs for the tiles of a step; past the last tile, the table's spare row."""
+    tile = tl.minimum(step * INNER + tl.arange(0, INNER), k_tiles)
+    return _load_pairs(table_ptr + (tile[:, None] * rows + row[None, :]), ASSEMBLY)
 
 
 @triton.jit
@@ -52,7 +40,7 @@ def _passed_on(values, ASSEMBLY: tl.constexpr):
 
 @triton.jit
 def _tokens_at(pointers, is_token, inputs_left, column, dtype: tl.constexpr, EVEN_K: tl.constexpr):
-    """[INNER, BLOCK_M, COLUMNS] activations -> [INNER, COLUMNS, BLOCK_M]; zeros beyond tokens and inputs."""
+    """[INNER, BLOCK_M, 64] activations -> [INNER, 64, BLOCK_M]; zeros beyond tokens and inputs."""
     mask = is_token[None, :, None]
     if not EVEN_K:
         mask = mask & (column[None, None, :] < inputs_left[:, None, None])
@@ -74,85 +62,69 @@ def int4_rows_kernel(
     x_stride,
     out_stride,
     BLOCK_M: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
     INNER: tl.constexpr,  # tiles of 256 inputs side by side, one to a warp
-    COLUMNS: tl.constexpr,  # of a tile's 64, in a step
-    STEPS: tl.constexpr,  # cdiv(k_tiles, INNER) * 64 / COLUMNS
-    SLICES: tl.constexpr,  # of BLOCK_ROWS rows, one grid apart, in a program
+    STEPS: tl.constexpr,  # cdiv(k_tiles, INNER)
     EVEN_K: tl.constexpr,  # num_in is a multiple of 256 INNER
     GROUPED: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     SCALES_BF16: tl.constexpr,
-    SHORT: tl.constexpr,  # two shifts fewer in unpacking
     ASSEMBLY: tl.constexpr,
 ):
-    """SLICES tiles [BLOCK_ROWS, BLOCK_M] of y^T over all inputs."""
+    """One tile [BLOCK_OUT, BLOCK_M] of y^T over all inputs."""
     # The interpreter does not multiply 16-bit floats rightly.
     dtype: tl.constexpr = x_ptr.dtype.element_ty if ASSEMBLY else tl.float32
-    HALVES: tl.constexpr = 64 // COLUMNS
-    apart = tl.num_programs(0)
+    row = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     token = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_token = token < num_tokens
-    column = tl.arange(0, COLUMNS)
     inner = tl.arange(0, INNER)
+    column = tl.arange(0, 64)
+    word_ptrs = words_ptr + (row[None, :, None] * 64 + column[None, None, :])
     x_ptrs = x_ptr + token[None, :, None] * x_stride + inner[:, None, None] * 256 + column[None, None, :]
-    acc = tl.zeros([INNER, BLOCK_ROWS, BLOCK_M], tl.float32)
-    UNIT: tl.constexpr = _unit(x_ptr.dtype.element_ty, SHORT)
-    ones = tl.full([INNER, BLOCK_ROWS, COLUMNS], 1 / UNIT, tl.float32).to(dtype)
+    acc = tl.zeros([INNER, BLOCK_OUT, BLOCK_M], tl.float32)
     # Scales go to registers three steps ahead, like the weights beside them to shared memory.
-    scales = tl.zeros([INNER, BLOCK_ROWS], tl.int32)
+    scales = tl.zeros([INNER, BLOCK_OUT], tl.int32)
     scales_1 = scales
     scales_2 = scales
     offsets = scales
     offsets_1 = scales
     offsets_2 = scales
-    at_0 = _pointers_of_pairs(0, apart, rows, k_tiles, BLOCK_ROWS, INNER, HALVES, STEPS, SLICES)
-    at_1 = _pointers_of_pairs(1, apart, rows, k_tiles, BLOCK_ROWS, INNER, HALVES, STEPS, SLICES)
-    at_2 = _pointers_of_pairs(2, apart, rows, k_tiles, BLOCK_ROWS, INNER, HALVES, STEPS, SLICES)
     if GROUPED:
-        scales = _load_pairs(scales_ptr + at_0, ASSEMBLY)
-        scales_1 = _load_pairs(scales_ptr + at_1, ASSEMBLY)
-        scales_2 = _load_pairs(scales_ptr + at_2, ASSEMBLY)
+        scales = _pairs_of(scales_ptr, 0, row, rows, k_tiles, INNER, ASSEMBLY)
+        scales_1 = _pairs_of(scales_ptr, 1, row, rows, k_tiles, INNER, ASSEMBLY)
+        scales_2 = _pairs_of(scales_ptr, 2, row, rows, k_tiles, INNER, ASSEMBLY)
     if HAS_ZEROS:
-        offsets = _load_pairs(offsets_ptr + at_0, ASSEMBLY)
-        offsets_1 = _load_pairs(offsets_ptr + at_1, ASSEMBLY)
-        offsets_2 = _load_pairs(offsets_ptr + at_2, ASSEMBLY)
-    for step in range(SLICES * STEPS):
-        first_tile = (step % STEPS) // HALVES * INNER
-        shift = step % HALVES * COLUMNS
-        row = (tl.program_id(0) + step // STEPS * apart) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        tile = first_tile + inner
+        offsets = _pairs_of(offsets_ptr, 0, row, rows, k_tiles, INNER, ASSEMBLY)
+        offsets_1 = _pairs_of(offsets_ptr, 1, row, rows, k_tiles, INNER, ASSEMBLY)
+        offsets_2 = _pairs_of(offsets_ptr, 2, row, rows, k_tiles, INNER, ASSEMBLY)
+    for step in range(STEPS):
+        tile = step * INNER + inner
+        left = num_in - tile * 256
         if not EVEN_K:
             # Tiles past the end meet an x of zeros.
             tile = tl.minimum(tile, k_tiles - 1)
-        places = row[None, :, None] * 64 + (shift + column)[None, None, :]
-        words = tl.load(words_ptr + tile[:, None, None] * (rows * 64) + places)
-        at = x_ptrs + (first_tile * 256 + shift)
-        left = num_in - (first_tile + inner) * 256 - shift
+        words = tl.load(word_ptrs + tile[:, None, None] * (rows * 64))
+        at = x_ptrs + step * (INNER * 256)
         x0 = _tokens_at(at, is_token, left, column, dtype, EVEN_K)
         x1 = _tokens_at(at + 64, is_token, left - 64, column, dtype, EVEN_K)
         x2 = _tokens_at(at + 128, is_token, left - 128, column, dtype, EVEN_K)
         x3 = _tokens_at(at + 192, is_token, left - 192, column, dtype, EVEN_K)
         acc = _add_products(
-            acc, words, x0, x1, x2, x3, scales, offsets, ones, x_ptr.dtype.element_ty,
-            GROUPED, HAS_ZEROS, SCALES_BF16, SHORT, ASSEMBLY,
-        )  # fmt: skip
-        at_3 = _pointers_of_pairs(step + 3, apart, rows, k_tiles, BLOCK_ROWS, INNER, HALVES, STEPS, SLICES)
+            acc, words, x0, x1, x2, x3, scales, offsets, dtype, GROUPED, HAS_ZEROS, SCALES_BF16, ASSEMBLY
+        )
         if GROUPED:
             scales = _passed_on(scales_1, ASSEMBLY)
             scales_1 = _passed_on(scales_2, ASSEMBLY)
-            scales_2 = _load_pairs(scales_ptr + at_3, ASSEMBLY)
+            scales_2 = _pairs_of(scales_ptr, step + 3, row, rows, k_tiles, INNER, ASSEMBLY)
         if HAS_ZEROS:
             offsets = _passed_on(offsets_1, ASSEMBLY)
             offsets_1 = _passed_on(offsets_2, ASSEMBLY)
-            offsets_2 = _load_pairs(offsets_ptr + at_3, ASSEMBLY)
-        if step % STEPS == STEPS - 1:
-            total = tl.sum(acc, 0)
-            if not GROUPED:
-                total *= (tl.load(scales_ptr + row).to(tl.float32) * UNIT)[:, None]
-            tl.store(
-                out_ptr + token[:, None] * out_stride + row[None, :],
-                tl.trans(total).to(out_ptr.dtype.element_ty),
-                mask=is_token[:, None] & (row < num_out)[None, :],
-            )
-            acc = tl.zeros([INNER, BLOCK_ROWS, BLOCK_M], tl.float32)
+            offsets_2 = _pairs_of(offsets_ptr, step + 3, row, rows, k_tiles, INNER, ASSEMBLY)
+    total = tl.sum(acc, 0)
+    if not GROUPED:
+        total *= tl.load(scales_ptr + row).to(tl.float32)[:, None]
+    tl.store(
+        out_ptr + token[:, None] * out_stride + row[None, :],
+        tl.trans(total).to(out_ptr.dtype.element_ty),
+        mask=is_token[:, None] & (row < num_out)[None, :],
+    )
