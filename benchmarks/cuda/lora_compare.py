@@ -5,9 +5,11 @@ that adapters took; 64 adapters cost no more than before in any mix; every part 
 Layers as in `lora`, 32 of them, captured as one graph per variant, which take turns. Results are checked
 against float64 first.
 
-    python -m benchmarks.cuda.lora_compare [--json PATH]
+    python -m benchmarks.cuda.lora_compare [--quick] [--json PATH]
 
 Variants other than "before" and "now" are `polybatch.kernels.lora` with one edit, imported from a copy.
+"groups of N": how many units of silu_mul have one block of columns done before the next. "no run branch":
+silu_mul without what takes two tiles at once.
 """
 
 from __future__ import annotations
@@ -47,31 +49,33 @@ from polybatch.kernels.lora.work import GROUPS
 
 LAYERS, PREFILL_LAYERS = 32, 4
 BOUND = 4e-3
-# Variant -> file of the package, what stands there, what stands there instead.
+# Variant -> edits: file of the package, what stands there, what stands there instead.
 EDITS = {
-    "lists not kept in L2": ("cuda_delta", 'tl.constexpr("evict_last")', 'tl.constexpr("")'),
-    "a row a norm": ("cuda_fused", "NORM_ROWS = (1 << 14, 8, 2)", "NORM_ROWS = (1 << 14, 8, 1)"),
-    "norm of 16 warps": ("cuda_fused", "NORM_ROWS = (1 << 14, 8, 2)", "NORM_ROWS = (1 << 15, 16, 2)"),
-    "no runs": ("work", "RUN_ROWS, RUN_UNITS = 32, 2", "RUN_ROWS, RUN_UNITS = 16, 2"),
-    "any registers": ("cuda_fused", "REGISTERS = 128", "REGISTERS = 255"),
-    "two programs per SM": ("cuda", "BESIDE_PER_SM = 8", "BESIDE_PER_SM = 2"),
+    "groups of 32": [("cuda_fused", "UNIT_GROUP = 256", "UNIT_GROUP = 32")],
+    "groups of 4": [("cuda_fused", "UNIT_GROUP = 256", "UNIT_GROUP = 4")],
+    "groups of 1": [("cuda_fused", "UNIT_GROUP = 256", "UNIT_GROUP = 1")],
+    "no run branch": [
+        ("work", "RUN_ROWS, RUN_UNITS = 32, 2", "RUN_ROWS, RUN_UNITS = 16, 2"),
+        ("cuda_silu_mul", "elif count > _TILE_ROWS:", "elif _RUN_ROWS > _TILE_ROWS:"),
+    ],
 }
 # Those that change prefills.
-PREFILL_EDITS = ("lists not kept in L2", "any registers")
+PREFILL_EDITS: tuple[str, ...] = ()
+QUICK = ("1 adapter x 256", "1 adapter x 64", "64 in turn x 64", "64 in turn x 256", "64 Zipf x 256")
 BEFORE: Kernels = (work_before, cuda_before, cuda_fused_before)
 
 
 def edited(folder: Path, name: str) -> Kernels:
     """The package's modules with one edit, as a package of their own in `folder`."""
-    file, what, instead = EDITS[name]
     package = name.replace(" ", "_")
     (folder / package).mkdir()
     (folder / package / "__init__.py").touch()
     for path in Path(cuda_fused.__file__).parent.glob("*.py"):
         text = path.read_text()
-        if path.stem == file:
-            assert text.count(what) == 1, f"{name}: {what!r} is not once in {path.name}"
-            text = text.replace(what, instead)
+        for file, what, instead in EDITS[name]:
+            if path.stem == file:
+                assert text.count(what) == 1, f"{name}: {what!r} is not once in {path.name}"
+                text = text.replace(what, instead)
         if path.stem == "work" or path.stem.startswith("cuda"):
             (folder / package / path.name).write_text(text.replace("polybatch.kernels.lora.", f"{package}."))
     names = ("work", "cuda", "cuda_fused")
@@ -125,7 +129,9 @@ def ranks(seed: int) -> list[dict[str, tuple[int, bool, bool]]]:
     ]  # fmt: skip
 
 
-def run(variants: dict[str, Kernels], results: dict, layers: int, prefill_layers: int) -> None:
+def run(
+    variants: dict[str, Kernels], results: dict, layers: int, prefill_layers: int, is_quick: bool
+) -> None:
     begin = time.perf_counter()
     odd = Pool(ranks(0), 2, torch.bfloat16)
     worst = {name: check(odd, name, kernels) for name, kernels in variants.items()}
@@ -138,14 +144,20 @@ def run(variants: dict[str, Kernels], results: dict, layers: int, prefill_layers
     check_down(pool, base)
     say(f"checked in {time.perf_counter() - begin:.0f} s; ms of {LAYERS} layers, then what adapters add")
     for name, (segments, rows) in cases().items():
+        if is_quick and name not in QUICK:
+            continue
         compare(name, pool, base, variants, segments, rows, results)
-    parts = {name: kernels for name, kernels in variants.items() if name in ("before", "now")}
-    for name in ("1 adapter x 256", "64 in turn x 64", "64 in turn x 256", "64 Zipf x 64"):
+    parts = {name: kernels for name, kernels in variants.items() if is_quick or name in ("before", "now")}
+    for name in ("1 adapter x 256", "64 in turn x 64", "64 in turn x 256", "64 Zipf x 256"):
         launches(name, pool, base, parts, *cases()[name], results)
     base.layers = prefill_layers
     chosen = {name: variants[name] for name in ("before", "now", *PREFILL_EDITS)}
     for name, counts in (("1 adapter, 8192 tokens", [8192]), ("8 adapters, 8192 tokens", [1024] * 8)):
+        if is_quick and len(counts) > 1:
+            continue
         compare(name, pool, base, chosen, segments_of(counts), 8192, results, 5)
+        if is_quick:
+            continue
         launches(name, pool, base, parts, segments_of(counts), 8192, results)
 
 
@@ -184,9 +196,6 @@ def compare(
     }
     if is_wide:
         steps["shrink of down apart"] = Step(pool, segments, rows, wide=True)
-    else:
-        steps["shrink first"] = Step(pool, segments, rows, wide=False)
-        steps["shrink first"].lora._side = None
     plain, *others = steps.values()
     runs = [partial(base.run, plain, space, place, False)]
     runs += [partial(base.run, step, space, place, True) for step in (plain, *others)]
@@ -212,6 +221,20 @@ def launches(
     ]
     space = base.buffers(rows)
     found: dict[str, list[float]] = {}
+    if len(steps) > 2:  # variants of silu_mul, beside which the norms and write_kv are the same
+        firsts = [consumers(step, base)["silu_mul"] for step in steps]
+        found["silu_mul"] = [lora_timing._us(kernel, base.layers) for kernel in
+                             (firsts[0][0], *(fused for _, fused in firsts))]  # fmt: skip
+        norms = [consumers(step, base)["norm of o"] for step in steps[:2]]
+        found["norm of o"] = [lora_timing._us(kernel, base.layers) for kernel in
+                              (norms[0][0], *(fused for _, fused in norms))]  # fmt: skip
+        results["launches"][name] = found
+        names = ["plain", *variants]
+        say(f"{name}, us a layer: " + "; ".join(
+            f"{k}: " + ", ".join(f"{n} {t:.1f}" for n, t in zip(names, v, strict=False))
+            for k, v in found.items()
+        ))  # fmt: skip
+        return
     for what, (plain, first) in consumers(steps[0], base).items():
         others = [consumers(step, base)[what][1] for step in steps[1:]]
         found[what] = [lora_timing._us(kernel, base.layers) for kernel in (plain, first, *others)]
@@ -245,6 +268,7 @@ def empty_results() -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few cases")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     results: dict = {"device": torch.cuda.get_device_name()} | empty_results()
@@ -252,13 +276,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         variants = all_variants(Path(folder))
         with rehearsal(os.cpu_count() or 1, places(variants)) as (compiler, wrong):
-            run(variants, empty_results(), 1, 1)
+            run(variants, empty_results(), 1, 1, options.quick)
             print(f"{len(compiler.calls)} kernels noted in {time.perf_counter() - begin:.0f} s", flush=True)
         print(f"compiled in {time.perf_counter() - begin:.0f} s", flush=True)
         for error in wrong:
             say_wrong(f"does not compile: {error}")
         try:
-            run(variants, results, LAYERS, PREFILL_LAYERS)
+            run(variants, results, LAYERS, PREFILL_LAYERS, options.quick)
         finally:
             # An error of the device ends the run; what was measured until then stays.
             print(f"{time.perf_counter() - begin:.0f} s in all")

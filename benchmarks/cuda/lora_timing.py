@@ -241,7 +241,7 @@ def tune(pool: Pool, base: Base, results: list) -> None:
         Step(pool, segments_of(counts), sum(counts), wide=True, is_fused=True)
         for counts in ([8192], [327] * 25)
     ]
-    norms = [(1 << 14, 8, 2), (1 << 14, 8, 1), (1 << 15, 16, 2), (1 << 16, 16, 1)]
+    norms = [(1 << 14, 8), (1 << 15, 16), (1 << 16, 16)]
     options = {
         "SILU_ROWS": ("silu_mul", narrow, [(512, 64, 16, 8, 4), (512, 128, 16, 8, 4), (1024, 64, 16, 8, 8)]),
         "NORM_ROWS": ("norm of o", narrow[1:], norms),

@@ -44,6 +44,8 @@ CASES = {
 @pytest.fixture(autouse=True)
 def _few_rows_are_many(monkeypatch):
     monkeypatch.setattr(work, "MIN_BASE_ROWS", 5)
+    monkeypatch.setattr(work, "RUN_STEP_ROWS", 30)
+    monkeypatch.setattr(cuda_fused, "UNIT_GROUP", 3)
 
 
 class Step:
@@ -115,7 +117,7 @@ def test_chosen_rows_get_their_adapters_wherever_their_tile_begins(case):
 
 @pytest.mark.parametrize("elements", [1, 1 << 10, 1 << 16])
 def test_the_norm_takes_rows_of_b_in_turns_of_any_size(elements, monkeypatch):
-    monkeypatch.setattr(cuda_fused, "NORM_ROWS", (elements, 4, 2))
+    monkeypatch.setattr(cuda_fused, "NORM_ROWS", (elements, 4))
     test_the_norm_gets_the_adapters_of_o_and_down_and_writes_in_place("rows that share a program", O)
 
 

@@ -38,12 +38,13 @@ QKV, O, GATE_UP, DOWN = range(len(GROUPS))  # noqa: E741
 # Chosen by benchmarks/cuda/lora.py on an H100. Columns of a block, columns in a turn of a run of tiles, rows
 # of B in a turn for one token and for several, warps.
 SILU_ROWS = (512, 64, 16, 8, 4)
+# Units whose programs take turns.
+UNIT_GROUP = 256
 # Columns of a block, warps, stages.
 SILU_TILES = (64, 4, 3)
-# Elements of B in a turn, warps for 4,096 columns, rows of a tile in a program: where programs share a
-# multiprocessor; where each has one.
-NORM_ROWS = (1 << 14, 8, 2)
-NORM_ROWS_ALONE = (1 << 16, 16, 1)
+# Elements of B in a turn, warps for 4,096 columns: where programs share a multiprocessor; where each has one.
+NORM_ROWS = (1 << 14, 8)
+NORM_ROWS_ALONE = (1 << 16, 16)
 # Columns of a block, tokens, warps, stages.
 NORM_TILES = (256, 32, 8, 2)
 # Heads of a program, at most LEAD_ROWS, rows of B in a turn, at least 16, warps.
@@ -94,8 +95,9 @@ class FusedLora:
             self._lora.launcher(silu_mul_rows, (num_units * blocks,))(
                 gate_up, gate_up.stride(0), out, out.stride(0), self._units,
                 *self._of_tiles(GATE_UP, layer, memory)[1:],
-                WIDTH=width, BLOCK=block, BLOCKS=blocks, RUN_BLOCK=min(run_columns, block // RUN_UNITS),
-                UNIT=self._lora.unit, RANK_ONE=rank_one, RANK_FEW=rank_few, BLOCK_R=TILE_RANK,
+                WIDTH=width, BLOCK=block, BLOCKS=blocks, GROUP=UNIT_GROUP,
+                RUN_BLOCK=min(run_columns, block // RUN_UNITS), UNIT=self._lora.unit,
+                RANK_ONE=rank_one, RANK_FEW=rank_few, BLOCK_R=TILE_RANK,
                 EXACT=self._lora.is_exact, num_warps=warps, maxnreg=self._registers(warps),
             )  # fmt: skip
         if self._plan.num_wide:
@@ -134,15 +136,15 @@ class FusedLora:
         if num_rows and (self._plan.has_rows or rows is not None):
             # Of chosen rows one way is enough, which need not be compiled twice.
             is_alone = rows is not None or num_rows <= self._lora.num_sms
-            elements, warps, tokens = NORM_ROWS_ALONE if is_alone else NORM_ROWS
+            elements, warps = NORM_ROWS_ALONE if is_alone else NORM_ROWS
             block = triton.next_power_of_2(width)
             # Registers hold so many elements of B; those of 32 bits count twice.
             rank = min(max(elements // ((1 + self._lora.is_exact) * block), 1), 16)
-            tokens, warps = min(tokens, max(8192 // block, 1)), min(max(block * warps // 4096, 1), 16)
+            warps = min(max(block * warps // 4096, 1), 16)
             self._lora.launcher(rms_norm_rows, (num_rows,))(
                 x[base:], x.stride(0), residual[base:], residual.stride(0), rows, weight,
                 out[base:], out.stride(0), eps, *self._of_rows(group, layer, memory, base),
-                WIDTH=width, BLOCK=block, BLOCK_T=tokens, HAS_CHOSEN=rows is not None,
+                WIDTH=width, BLOCK=block, HAS_CHOSEN=rows is not None,
                 HAS_WIDE=rows is None and self._plan.num_wide > 0, UNIT=self._lora.unit, BLOCK_R=rank,
                 num_warps=warps, maxnreg=self._registers(warps) if warps >= 8 else None,
             )  # fmt: skip

@@ -1,7 +1,6 @@
 """rms_norm over residual + y + B h for CUDA: o and down get their adapters on the way into the norm.
 
-A row of decode steps and short chunks is a program and stays in registers; where rows are more than
-multiprocessors, two of a tile are one program, which reads B once for both. Long chunks go through in two
+A row of decode steps and short chunks is a program and stays in registers. Long chunks go through in two
 passes over blocks of columns, of which the second finds the residual in the cache. A row without adapter
 costs what it costs in `norm.cuda`. y + B h is rounded to the dtype, then the sum.
 """
@@ -30,13 +29,12 @@ from polybatch.kernels.lora.cuda_delta import (
 def rms_norm_rows(
     x, x_stride, residual, residual_stride, chosen, weight, out, out_stride, eps,
     rows, max_rows, tiles, h, memory, words, layer,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_T: tl.constexpr, HAS_CHOSEN: tl.constexpr,
-    HAS_WIDE: tl.constexpr, UNIT: tl.constexpr, BLOCK_R: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_CHOSEN: tl.constexpr, HAS_WIDE: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Grid: rows, or chosen ones, -1 for none; chosen ones leave the residual as it was.
 
-    BLOCK_T: most rows of a tile in a program, 1 where rows are chosen. HAS_WIDE: whether rows may be in wide
-    tiles, which are not meant.
+    HAS_WIDE: whether rows may be in wide tiles, which are not meant.
     """
     target = tl.program_id(0).to(tl.int64)
     source = target
@@ -46,31 +44,21 @@ def rms_norm_rows(
             return
     tile = tl.load(rows + max_rows + source, eviction_policy=KEEP)
     token = tl.load(rows + 2 * max_rows + source, eviction_policy=KEEP)
-    count = 1
-    if BLOCK_T > 1:
-        others = tl.arange(0, BLOCK_T)
-        is_row = source + others < tl.num_programs(0)
-        near = tl.load(rows + max_rows + source + others, mask=is_row, other=-1, eviction_policy=KEEP)
-        if tile >= 0:
-            if token % BLOCK_T != 0:
-                return
-            count = tl.sum((near == tile).to(tl.int32))
     if HAS_WIDE:  # noqa: SIM102 known when compiling
         # Nothing leads in a wide tile.
         if tl.load(rows + source - tl.where(tile >= 0, token, 0)) == 0:
             return
     kind = out.dtype.element_ty
     n = tl.arange(0, BLOCK)
-    t = tl.arange(0, BLOCK_T)
     is_column = n < WIDTH
-    mask = (t < count)[:, None] & is_column[None, :]
-    at = source + t[:, None]
-    y = tl.load(x + at * x_stride + n[None, :], mask=mask, other=0.0).to(tl.float32)
-    stream = residual + at * residual_stride + n[None, :]
+    mask = is_column[None, :]
+    y = tl.load(x + source * x_stride + n[None, :], mask=mask, other=0.0).to(tl.float32)
+    stream = residual + source * residual_stride + n[None, :]
     before = tl.load(stream, mask=mask, other=0.0)
     scale = tl.load(weight + n, mask=is_column, other=0.0)
     if tile >= 0:
-        start, value, rest = open_rows(tile, token, t, count, 0, (tiles, h, memory, words, layer), BLOCK_R)
+        adapters = (tiles, h, memory, words, layer)
+        start, value, rest = open_rows(tile, token, tl.arange(0, 1), 1, 0, adapters, BLOCK_R)
         b = load_b(start, n, is_column, memory, UNIT)
         y = add_rows(y, value, b, rest, n, is_column, UNIT, BLOCK_R)
         y = y.to(kind).to(tl.float32)
@@ -80,8 +68,8 @@ def rms_norm_rows(
     row = row.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(row * row, axis=1) / WIDTH + eps)
     normal = (row * inverse[:, None]).to(kind).to(tl.float32)
-    target_at = out + (target + t[:, None]) * out_stride + n[None, :]
-    tl.store(target_at, (normal * scale.to(tl.float32)[None, :]).to(kind), mask=mask)
+    scaled = (normal * scale.to(tl.float32)[None, :]).to(kind)
+    tl.store(out + target * out_stride + n[None, :], scaled, mask=mask)
 
 
 @triton.jit(do_not_specialize=["layer"])

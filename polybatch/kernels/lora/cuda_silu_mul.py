@@ -61,15 +61,18 @@ _FIRST, _ROWS, _TILE = tl.constexpr(UNIT_FIRST), tl.constexpr(UNIT_ROWS), tl.con
 @triton.jit(do_not_specialize=["layer"], do_not_specialize_on_alignment=["units"])
 def silu_mul_rows(
     gate_up, stride, out, out_stride, units, tiles, h, memory, words, layer,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, RUN_BLOCK: tl.constexpr,
-    UNIT: tl.constexpr, RANK_ONE: tl.constexpr, RANK_FEW: tl.constexpr, BLOCK_R: tl.constexpr,
-    EXACT: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
+    RUN_BLOCK: tl.constexpr, UNIT: tl.constexpr, RANK_ONE: tl.constexpr, RANK_FEW: tl.constexpr,
+    BLOCK_R: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Grid: BLOCKS blocks of columns of one unit after the other, for as many units as there are or more.
+    """Grid: BLOCKS blocks of columns for each unit, for as many units as there are or more.
 
-    A tile's units share a block of columns. Programs that have no unit are the last.
+    A tile's units share a block of columns. GROUP units have a block done, then the next one.
     """
-    index, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
+    first = tl.program_id(0) // (BLOCKS * GROUP) * GROUP
+    size = tl.minimum(tl.num_programs(0) // BLOCKS - first, GROUP)
+    in_group = tl.program_id(0) - first * BLOCKS
+    index, block = first + in_group % size, in_group // size
     unit = units + (1 + index) * _UNIT_STRIDE
     num_units = tl.load(units, eviction_policy=KEEP)
     row = tl.load(unit + _FIRST, eviction_policy=KEEP)

@@ -60,7 +60,7 @@ UNIT_FIRST, UNIT_ROWS, UNIT_TILE, UNIT_PART = range(4)
 UNIT_FIELDS = 4
 # Most rows of a unit without adapter.
 BASE_ROWS = 8
-# Most rows of a run of tiles; as many as a tile's switches runs off.
+# Most rows of a run of tiles.
 RUN_ROWS, RUN_UNITS = 32, 2
 
 NARROW, WIDE = 0, 1
@@ -75,6 +75,8 @@ MAX_PARTS = 16
 DOWN_PARTS = 16
 # Shrink programs that fill a large GPU about twice.
 ENOUGH_PROGRAMS = 264
+# Rows of a step beyond which tiles form runs: programs of fewer would leave multiprocessors idle.
+RUN_STEP_ROWS = ENOUGH_PROGRAMS // 2
 # Items of a tile and group; a tile of more rows gives each item more.
 TILE_ITEMS = 8
 # Rows without adapter for which a launch of the plain kernel pays, which has room for more of them at once.
@@ -309,7 +311,8 @@ def fill(
         num_base = 0
     _fill_rows(rows, first, num_tokens, num_narrow)
     # A run is full tiles one after the other; where they had to be smaller than usual, there are none.
-    run_tiles = 1 if (limit < BLOCK_TOKENS[NARROW]).any() else RUN_ROWS // BLOCK_TOKENS[NARROW]
+    has_runs = num_rows > RUN_STEP_ROWS and not (limit < BLOCK_TOKENS[NARROW]).any()
+    run_tiles = RUN_ROWS // BLOCK_TOKENS[NARROW] if has_runs else 1
     leads = np.flatnonzero(of_segment[:num_narrow] % run_tiles == 0)
     run_rows = np.add.reduceat(num_tokens[:num_narrow], leads) if len(leads) else leads
     num_units = _fill_units(
