@@ -36,7 +36,7 @@ POLICIES = {
 
 def attainment(machine: Machine) -> dict[str, Any]:
     """Attainment of every policy at three loads, what is refused, and how often answers come true."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for load in LOADS:
         for name, settings in POLICIES.items():
             rows.append({"load": load, "policy": name, **_short(_run(machine, load, settings))})

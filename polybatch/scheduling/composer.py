@@ -144,36 +144,34 @@ class Composer:
         tracks = self._tracks
         if tracks.short:
             self._grow_all(draft)
-        decoding = tracks.decoding
-        draft.chunks.extend(decode_chunks(list(map(_SEQ, decoding))))
-        draft.num_decodes = len(decoding)
-        if tracks.num_adapted:
-            for track in decoding:
-                if track.adapter is not None:
-                    draft.resident[track.adapter.ref.digest] = track.adapter.pages
+        self._add_decodes(tracks.decoding, draft)
         return list(tracks.prefilling)
 
     def _plan_decodes(self, running: Iterable[Track], draft: PlanDraft) -> list[Track]:
         """Plan one token for each of these that decodes; returns those that prefill, in order."""
-        prefills = []
-        resident = draft.resident
-        append = draft.chunks.append
-        last = LogitRows.LAST
+        prefills: list[Track] = []
+        decoding: list[Track] = []
         # Preemption takes from the rest of this list, so nothing planned here is ever a victim.
         for track in running:
             seq = track.seq
-            num_tokens = len(seq.tokens)
+            num_tokens, start = len(seq.tokens), seq.num_computed
             if num_tokens > track.capacity and not self._grow(track, num_tokens, draft):
                 break
-            start = seq.num_computed
-            if num_tokens - start == 1 and start >= seq.num_prompt:
-                append(Chunk(seq, start, 1, last))
-                adapter = track.adapter
-                if adapter is not None:
-                    resident[adapter.ref.digest] = adapter.pages
-            else:
-                prefills.append(track)
+            is_decoding = num_tokens - start == 1 and start >= seq.num_prompt
+            (decoding if is_decoding else prefills).append(track)
+        self._add_decodes(decoding, draft)
         return prefills
+
+    def _add_decodes(self, decoding: list[Track], draft: PlanDraft) -> None:
+        """Put the newest token of each of these in the step; they have their pages."""
+        is_leading = len(draft.chunks) == draft.num_decodes
+        draft.chunks.extend(decode_chunks(list(map(_SEQ, decoding))))
+        if is_leading:
+            draft.num_decodes = len(draft.chunks)
+        if self._tracks.num_adapted:
+            for track in decoding:
+                if track.adapter is not None:
+                    draft.resident[track.adapter.ref.digest] = track.adapter.pages
 
     def _plan_prefills(self, tracks: list[Track], budget: int, draft: PlanDraft) -> int:
         """Plan chunks of prefills, in order; returns what is left of the budget."""
