@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from server_helpers import RunningServer
 from tokenizer_helpers import byte_level
 
+from polybatch.engine.async_llm import AsyncLLM
 from polybatch.errors import ConfigError
 
 OWN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\\n{% endfor %}"
@@ -26,6 +29,8 @@ def test_conversations_are_rendered_by_the_template_of_the_command_line() -> Non
 
 
 def test_a_template_that_does_not_parse_keeps_the_server_from_starting() -> None:
-    server = RunningServer("stub", tokenizer=byte_level(), chat_template="{% for %}")
-    with pytest.raises(ConfigError, match="does not parse"), server:
-        pass
+    async def start() -> None:
+        await AsyncLLM("stub", tokenizer=byte_level(), chat_template="{% for %}").start()
+
+    with pytest.raises(ConfigError, match="does not parse"):
+        asyncio.run(start())
