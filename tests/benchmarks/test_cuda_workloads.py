@@ -289,7 +289,8 @@ def test_every_bar_names_a_figure_that_some_piece_measures():
     keys |= {f"G2 B={batch}" for batch in (1, 32, 64, 128, 256)}
     keys |= {f"G5-{mix}" for mix in workloads.MIXES}
     keys |= {f"G5-{mix} B={batch}" for mix in ("1", "64", "64zipf", "half") for batch in (64, 256)}
-    keys |= {"G6 64 adapters", "G6 1000 adapters", "G6 TTFT, all resident", "G6 TTFT, twice what fits"}
+    keys |= {"G6 64 adapters", "G6 1000 adapters", "G6 1000 adapters, clustered", "peft, an adapter a row"}
+    keys |= {"G6 TTFT, all resident", "G6 TTFT, twice what fits"}
     for bar in figures.BARS:
         assert bar.key in keys
         assert bar.of in keys | {None, figures.PRACTICAL_FLOOR}
