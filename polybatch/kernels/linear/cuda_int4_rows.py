@@ -120,11 +120,13 @@ def int4_rows_kernel(
             offsets = _passed_on(offsets_1, ASSEMBLY)
             offsets_1 = _passed_on(offsets_2, ASSEMBLY)
             offsets_2 = _pairs_of(offsets_ptr, step + 3, row, rows, k_tiles, INNER, ASSEMBLY)
-    total = tl.sum(acc, 0)
-    if not GROUPED:
-        total *= tl.load(scales_ptr + row).to(tl.float32)[:, None]
-    tl.store(
-        out_ptr + token[:, None] * out_stride + row[None, :],
-        tl.trans(total).to(out_ptr.dtype.element_ty),
-        mask=is_token[:, None] & (row < num_out)[None, :],
-    )
+        if step == STEPS - 1:
+            # Behind the loop, it makes Triton keep more in registers and fetch later.
+            total = tl.sum(acc, 0)
+            if not GROUPED:
+                total *= tl.load(scales_ptr + row).to(tl.float32)[:, None]
+            tl.store(
+                out_ptr + token[:, None] * out_stride + row[None, :],
+                tl.trans(total).to(out_ptr.dtype.element_ty),
+                mask=is_token[:, None] & (row < num_out)[None, :],
+            )
