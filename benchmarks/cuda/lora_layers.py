@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -14,7 +13,8 @@ from polybatch.config import ModelSpec, RopeSpec
 from polybatch.execution.adapter_words import adapter_words
 from polybatch.kernels.activation.cuda import silu_mul
 from polybatch.kernels.lora import cuda, cuda_fused, work
-from polybatch.kernels.lora.work import GROUPS
+from polybatch.kernels.lora.cuda_fused import FusedLora
+from polybatch.kernels.lora.work import GROUPS, LoraLimits
 from polybatch.kernels.norm.cuda import rms_norm
 from polybatch.kernels.write_kv.cuda import rope_table, write_kv
 
@@ -76,39 +76,28 @@ class Pool:
         return memory[starts[:, None] + torch.arange(width, device="cuda")].double()
 
 
-Kernels = tuple[ModuleType, ModuleType, ModuleType]
-"""`work`, `cuda` and `cuda_fused`, or what stands in their place."""
-KERNELS: Kernels = (work, cuda, cuda_fused)
-
-
 class Step:
     """One step's plan on the device, with x (NaN where no segment is) and y per group.
 
     is_fused: as `fill` has it, for whole layers; not to be asked for where a group is checked alone.
     """
 
-    def __init__(
-        self, pool: Pool, segments, num_tokens: int, *, wide: bool, kernels: Kernels = KERNELS,
-        is_fused: bool = False,
-    ):  # fmt: skip
-        work, cuda, cuda_fused = kernels
+    def __init__(self, pool: Pool, segments, num_tokens: int, *, wide: bool, is_fused: bool = False):
         self.pool, self.segments, self.num_tokens = pool, segments, num_tokens
         views = {
             name: np.zeros(shape, dtype)
-            for name, (shape, dtype) in work.arrays(
-                work.LoraLimits(num_tokens, max(len(segments), 1))
-            ).items()
+            for name, (shape, dtype) in work.arrays(LoraLimits(num_tokens, max(len(segments), 1))).items()
         }
-        took, fused = [], {"is_fused": True} if is_fused else {}
+        took = []
         for _ in range(5):
             begin = time.perf_counter()
             self.plan = work.fill(views, np.array(segments), pool.templates, GROUP_SHAPES, MAX_H,
-                                  num_rows=num_tokens, wide=wide, **fused)  # fmt: skip
+                                  num_rows=num_tokens, wide=wide, is_fused=is_fused)  # fmt: skip
             took.append(time.perf_counter() - begin)
         self.plan_s = float(np.median(took))
         self.arrays = {name: torch.from_numpy(view).cuda() for name, view in views.items()}
         self.lora = cuda.CudaLora(GROUP_SHAPES, pool.dtype, torch.device("cuda"), MAX_H)
-        self.fused = cuda_fused.FusedLora(self.lora, pool.words, self.arrays, self.plan, num_tokens)
+        self.fused = FusedLora(self.lora, pool.words, self.arrays, self.plan, num_tokens)
         self.covered = torch.zeros(num_tokens, dtype=torch.bool)
         for start, stop, _ in segments:
             self.covered[start:stop] = True

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -60,19 +59,13 @@ class _Compiled:
 
 
 @contextlib.contextmanager
-def rehearsal(
-    processes: int, others: Sequence[tuple[ModuleType, ModuleType]] = ()
-) -> Iterator[tuple[ForkedCompiler, list[str]]]:
+def rehearsal(processes: int) -> Iterator[tuple[ForkedCompiler, list[str]]]:
     """What runs inside only notes the kernels that it launches, which then compile in child processes.
 
-    others: modules that stand in the place of `lora.cuda` and `lora.cuda_fused`.
     Yields the compiler and, empty until all are compiled, what failed.
     """
     global _is_rehearsal
-    places = [*_KERNELS]
-    for pair in others:
-        places += zip(pair, [names for _, names in _KERNELS], strict=False)
-    kept = [(module, name, getattr(module, name)) for module, names in places for name in names]
+    kept = [(module, name, getattr(module, name)) for module, names in _KERNELS for name in names]
     distance = lora_layers.distance
     _is_rehearsal, lora_layers.distance = True, lambda got, expected: 0.0
     for module, name, kernel in kept:
@@ -243,7 +236,7 @@ def tune(pool: Pool, base: Base, results: list) -> None:
     ]
     norms = [(1 << 14, 8), (1 << 15, 16), (1 << 16, 16)]
     options = {
-        "SILU_ROWS": ("silu_mul", narrow, [(512, 64, 16, 8, 4), (512, 128, 16, 8, 4), (1024, 64, 16, 8, 8)]),
+        "SILU_ROWS": ("silu_mul", narrow, [(512, 16, 8, 4), (1024, 16, 8, 8), (512, 16, 8, 8)]),
         "NORM_ROWS": ("norm of o", narrow[1:], norms),
         "NORM_ROWS_ALONE": ("norm of o", narrow[:1], norms),
         "WRITE_ROWS": ("write_kv", narrow, [(4, 16, 2), (2, 16, 2), (4, 16, 4)]),

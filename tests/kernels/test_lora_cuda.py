@@ -232,20 +232,16 @@ def test_units_hold_every_row_once_but_those_of_wide_tiles_and_plain_kernels(spa
     held, parts = [], {}
     for first, count, tile, part in units.tolist():
         rows = range(first, first + count)
+        assert all(views["lora_rows"][work.TILE, row] == tile for row in rows)
         if tile == work.ABSENT:
             assert count <= work.BASE_ROWS
-            assert all(views["lora_rows"][work.TILE, row] == tile for row in rows)
         else:
-            assert count <= (work.RUN_ROWS if num_rows > work.RUN_STEP_ROWS else 16)
+            assert views["lora_rows"][work.TOKEN, rows].tolist() == list(range(count))
+            assert count == views["lora_tiles"][tile, 0, work.NUM_TOKENS]
             parts.setdefault((tile, count), []).append(part)
-            assert [views["lora_rows"][work.TILE, row] for row in rows] == [
-                tile + i // 16 for i in range(count)
-            ]
-            assert [views["lora_rows"][work.TOKEN, row] for row in rows] == [i % 16 for i in range(count)]
         held += rows if part == 0 else ()
     for (_, count), found in parts.items():
-        shared_by = work.LEAD_ROWS if count >= work.LEAD_ROWS else 1
-        assert sorted(found) == list(range(work.RUN_UNITS if count > 16 else shared_by))
+        assert sorted(found) == list(range(work.LEAD_ROWS if count >= work.LEAD_ROWS else 1))
     is_wide = [wide and stop - start >= work.WIDE_TOKENS for start, stop, _ in segments]
     skipped = {r for (a, b, _), w in zip(segments, is_wide, strict=True) if w for r in range(a, b)}
     assert sorted(held) == [row for row in range(plan.num_base, num_rows) if row not in skipped]

@@ -34,7 +34,6 @@ CASES = {
     "no adapter": ([], False, 3),
     "long chunks alone": ([(0, 70, 0), (70, 134, 1)], True, 134),
     "a long chunk of few rows of B": ([(0, 70, 1)], True, 71),
-    "runs of tiles, the last not full": ([(0, 37, 0), (38, 60, 1)], False, 61),
     "tiles of all rows that share them": ([(0, 16, 0), (16, 21, 1)], False, 21),
     "long and short chunks": ([(0, 3, 1), (5, 75, 0)], True, 78),
     "rows before, between and after chunks": ([(6, 8, 2), (9, 80, 0)], True, 82),
@@ -44,8 +43,6 @@ CASES = {
 @pytest.fixture(autouse=True)
 def _few_rows_are_many(monkeypatch):
     monkeypatch.setattr(work, "MIN_BASE_ROWS", 5)
-    monkeypatch.setattr(work, "RUN_STEP_ROWS", 30)
-    monkeypatch.setattr(cuda_fused, "UNIT_GROUP", 3)
 
 
 class Step:

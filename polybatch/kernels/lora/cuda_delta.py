@@ -20,13 +20,11 @@ import triton.language as tl
 
 from polybatch.kernels.lora.work import (
     ABSENT,
-    BLOCK_TOKENS,
     FIRST,
     GROUPS,
     H_START,
     MAX_PARTS,
     MODULE,
-    NARROW,
     NUM_TOKENS,
     PARTS,
     RANK,
@@ -40,7 +38,6 @@ RECORD_FIRST, RECORD_NUM_TOKENS = tl.constexpr(FIRST), tl.constexpr(NUM_TOKENS)
 _H_START, _RANK, _STRIDE = tl.constexpr(H_START), tl.constexpr(RANK), tl.constexpr(STRIDE)
 _MODULE, RECORD_PARTS, _ABSENT = tl.constexpr(MODULE), tl.constexpr(PARTS), tl.constexpr(ABSENT)
 _MAX_PARTS = tl.constexpr(MAX_PARTS)
-_TILE_TOKENS = tl.constexpr(BLOCK_TOKENS[NARROW])
 KEEP = tl.constexpr("evict_last")
 """How lists and words are read."""
 
@@ -112,23 +109,15 @@ def add_rows(y, value, b, rest, n, is_column, UNIT: tl.constexpr, BLOCK_R: tl.co
 
 
 @triton.jit
-def open_tile(tile, t, is_token, module, adapters, BLOCK_R: tl.constexpr, IS_RUN: tl.constexpr = False):
+def open_tile(tile, t, is_token, module, adapters, BLOCK_R: tl.constexpr):
     """A module of a tile for blocks of columns: what `load_b` and `add_block` want.
 
-    The first BLOCK_R rows of B and the sum of their h, then what finds the others. IS_RUN: the tile and the
-    full ones after it, of the same adapter, are taken as one.
+    The first BLOCK_R rows of B and the sum of their h, then what finds the others.
     """
     word, rank, is_there, h_start, first, h_rank, num_parts, num_tokens = _open(tile, module, adapters)
-    tiles, h, memory, _, _ = adapters
-    if IS_RUN:
-        records = tiles + (tile + t // _TILE_TOKENS) * TILE_STRIDE
-        h_starts = tl.load(records + _H_START, mask=is_token, other=0, eviction_policy=KEEP)
-        lengths = tl.load(records + RECORD_NUM_TOKENS, mask=is_token, other=0, eviction_policy=KEEP)
-        h_rows = h + (h_starts + first).to(tl.int64) + (t % _TILE_TOKENS) * h_rank
-        part_stride = lengths * h_rank
-    else:
-        h_rows = h + (h_start + first).to(tl.int64) + t * h_rank
-        part_stride = num_tokens * h_rank + tl.zeros_like(t)
+    _, h, memory, _, _ = adapters
+    h_rows = h + (h_start + first).to(tl.int64) + t * h_rank
+    part_stride = num_tokens * h_rank
     start = _load_starts(word, rank, 0, BLOCK_R)
     value = _load_h(h_rows, part_stride, num_parts, is_token, rank, 0, BLOCK_R)
     gain_start, bias_start = _load_scales(word, is_there)
@@ -142,13 +131,12 @@ def _load_h(h_rows, part_stride, num_parts, is_token, rank, low, BLOCK_R: tl.con
     r = low + tl.arange(0, BLOCK_R)
     mask = is_token[:, None] & (r < rank)[None, :]
     at = h_rows[:, None] + r[None, :]
-    step = part_stride[:, None]
     value = tl.zeros([h_rows.shape[0], BLOCK_R], dtype=tl.float32)
     for part in tl.range(0, num_parts, 4, num_stages=1):
-        one = tl.load(at + part * step, mask=mask, other=0.0)
-        two = tl.load(at + (part + 1) * step, mask=mask & (part + 1 < num_parts), other=0.0)
-        three = tl.load(at + (part + 2) * step, mask=mask & (part + 2 < num_parts), other=0.0)
-        four = tl.load(at + (part + 3) * step, mask=mask & (part + 3 < num_parts), other=0.0)
+        one = tl.load(at + part * part_stride, mask=mask, other=0.0)
+        two = tl.load(at + (part + 1) * part_stride, mask=mask & (part + 1 < num_parts), other=0.0)
+        three = tl.load(at + (part + 2) * part_stride, mask=mask & (part + 2 < num_parts), other=0.0)
+        four = tl.load(at + (part + 3) * part_stride, mask=mask & (part + 3 < num_parts), other=0.0)
         value = value + one + two + three + four
     return value
 

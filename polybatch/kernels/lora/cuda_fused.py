@@ -20,26 +20,15 @@ from polybatch.kernels.lora.cuda import CudaLora
 from polybatch.kernels.lora.cuda_rms_norm import rms_norm_rows, rms_norm_tiles
 from polybatch.kernels.lora.cuda_silu_mul import silu_mul_rows, silu_mul_tiles
 from polybatch.kernels.lora.cuda_write_kv import write_kv_rows, write_kv_tiles
-from polybatch.kernels.lora.work import (
-    BLOCK_TOKENS,
-    DOWN_PARTS,
-    GROUPS,
-    LEAD_ROWS,
-    NARROW,
-    RUN_UNITS,
-    WIDE,
-    LoraPlan,
-)
+from polybatch.kernels.lora.work import BLOCK_TOKENS, DOWN_PARTS, GROUPS, LEAD_ROWS, NARROW, WIDE, LoraPlan
 from polybatch.kernels.norm.cuda import checked_width, rms_norm
 from polybatch.kernels.write_kv.cuda import head_shape, queries_of, write_kv
 
 QKV, O, GATE_UP, DOWN = range(len(GROUPS))  # noqa: E741
 
-# Chosen by benchmarks/cuda/lora.py on an H100. Columns of a block, columns in a turn of a run of tiles, rows
-# of B in a turn for one token and for several, warps.
-SILU_ROWS = (512, 64, 16, 8, 4)
-# Units whose programs take turns.
-UNIT_GROUP = 256
+# Chosen by benchmarks/cuda/lora.py on an H100. Columns of a block, rows of B in a turn for one token and for
+# several, warps.
+SILU_ROWS = (512, 16, 8, 4)
 # Columns of a block, warps, stages.
 SILU_TILES = (64, 4, 3)
 # Elements of B in a turn, warps for 4,096 columns: where programs share a multiprocessor; where each has one.
@@ -87,18 +76,16 @@ class FusedLora:
         if base:
             silu_mul(gate_up[:base], out=out[:base])
         if self._plan.has_rows:
-            columns, run_columns, rank_one, rank_few, warps = SILU_ROWS
+            columns, rank_one, rank_few, warps = SILU_ROWS
             # The matrix unit takes 16 columns at least, of which each of LEAD_ROWS programs has so many.
             block = max(min(columns, triton.next_power_of_2(width)), 16 * LEAD_ROWS)
-            blocks = triton.cdiv(width, block)
             num_units = self._plan.num_units or self._num_rows - base
-            self._lora.launcher(silu_mul_rows, (num_units * blocks,))(
+            self._lora.launcher(silu_mul_rows, (num_units, triton.cdiv(width, block)))(
                 gate_up, gate_up.stride(0), out, out.stride(0), self._units,
                 *self._of_tiles(GATE_UP, layer, memory)[1:],
-                WIDTH=width, BLOCK=block, BLOCKS=blocks, GROUP=UNIT_GROUP,
-                RUN_BLOCK=min(run_columns, block // RUN_UNITS), UNIT=self._lora.unit,
-                RANK_ONE=rank_one, RANK_FEW=rank_few, BLOCK_R=TILE_RANK,
-                EXACT=self._lora.is_exact, num_warps=warps, maxnreg=self._registers(warps),
+                WIDTH=width, BLOCK=block, UNIT=self._lora.unit, RANK_ONE=rank_one, RANK_FEW=rank_few,
+                BLOCK_R=TILE_RANK, EXACT=self._lora.is_exact,
+                num_warps=warps, maxnreg=self._registers(warps),
             )  # fmt: skip
         if self._plan.num_wide:
             block, warps, stages = SILU_TILES

@@ -1,10 +1,8 @@
 """silu_mul over y + B h for CUDA: gate and up get their adapters on the way into the activation.
 
 Rows of decode steps and short chunks are some to a program where few share an adapter or have none, and
-tiles for the matrix unit where many do, as long chunks are. Reading h's parts and B is what takes a tile
-longest, so two tiles of an adapter and more columns are a program where there are so many rows. A long
-chunk's programs leave h of the next product, down. y + B h is rounded to the dtype, as if it had been written
-and read.
+tiles for the matrix unit where many do, as long chunks are. A long chunk's programs leave h of the next
+product, down. y + B h is rounded to the dtype, as if it had been written and read.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
@@ -34,8 +32,6 @@ from polybatch.kernels.lora.work import (
     LEAD_ROWS,
     NARROW,
     RANK,
-    RUN_ROWS,
-    RUN_UNITS,
     STRIDE,
     TILE_FIELDS,
     UNIT_FIELDS,
@@ -46,8 +42,7 @@ from polybatch.kernels.lora.work import (
 )
 
 _BASE_ROWS, _LEAD_ROWS = tl.constexpr(BASE_ROWS), tl.constexpr(LEAD_ROWS)
-_TILE_ROWS, _RUN_ROWS = tl.constexpr(BLOCK_TOKENS[NARROW]), tl.constexpr(RUN_ROWS)
-_RUN_UNITS = tl.constexpr(RUN_UNITS)
+_TILE_ROWS = tl.constexpr(BLOCK_TOKENS[NARROW])
 _H_START, _RANK, _STRIDE = tl.constexpr(H_START), tl.constexpr(RANK), tl.constexpr(STRIDE)
 _A_WORD, _TILE_FIELDS, _BOUND_FIELDS = (
     tl.constexpr(A_WORD),
@@ -61,18 +56,11 @@ _FIRST, _ROWS, _TILE = tl.constexpr(UNIT_FIRST), tl.constexpr(UNIT_ROWS), tl.con
 @triton.jit(do_not_specialize=["layer"], do_not_specialize_on_alignment=["units"])
 def silu_mul_rows(
     gate_up, stride, out, out_stride, units, tiles, h, memory, words, layer,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
-    RUN_BLOCK: tl.constexpr, UNIT: tl.constexpr, RANK_ONE: tl.constexpr, RANK_FEW: tl.constexpr,
-    BLOCK_R: tl.constexpr, EXACT: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, RANK_ONE: tl.constexpr,
+    RANK_FEW: tl.constexpr, BLOCK_R: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Grid: BLOCKS blocks of columns for each unit, for as many units as there are or more.
-
-    A tile's units share a block of columns. GROUP units have a block done, then the next one.
-    """
-    first = tl.program_id(0) // (BLOCKS * GROUP) * GROUP
-    size = tl.minimum(tl.num_programs(0) // BLOCKS - first, GROUP)
-    in_group = tl.program_id(0) - first * BLOCKS
-    index, block = first + in_group % size, in_group // size
+    """Grid: units, or more than there are; blocks of columns, which a dense tile's units share."""
+    index, block = tl.program_id(0), tl.program_id(1)
     unit = units + (1 + index) * _UNIT_STRIDE
     num_units = tl.load(units, eviction_policy=KEEP)
     row = tl.load(unit + _FIRST, eviction_policy=KEEP)
@@ -89,15 +77,9 @@ def silu_mul_rows(
             gate = tl.load(gate_up + at * stride + n[None, :], mask=mask, other=0.0)
             up = tl.load(gate_up + at * stride + WIDTH + n[None, :], mask=mask, other=0.0)
             _store(gate, up, out + at * out_stride + n[None, :], mask)
-        elif count > _TILE_ROWS:
-            share: tl.constexpr = BLOCK // _RUN_UNITS // RUN_BLOCK
-            _tile(gate_up, stride, out, out_stride, row, count, tile, (block * _RUN_UNITS + part) * share,
-                  adapters, 0, WIDTH, RUN_BLOCK, share, UNIT, _RUN_ROWS, BLOCK_R, 1, True, EXACT,
-                  True)  # fmt: skip
         elif count >= _LEAD_ROWS:
             _tile(gate_up, stride, out, out_stride, row, count, tile, block * _LEAD_ROWS + part, adapters,
-                  0, WIDTH, BLOCK // _LEAD_ROWS, 1, UNIT, _TILE_ROWS, BLOCK_R, 1, True, EXACT,
-                  False)  # fmt: skip
+                  0, WIDTH, BLOCK // _LEAD_ROWS, 1, UNIT, _TILE_ROWS, BLOCK_R, 1, True, EXACT)  # fmt: skip
         elif count == 1:
             _few_rows(gate_up, stride, out, out_stride, row, count, tile, block, adapters,
                       WIDTH, BLOCK, UNIT, 1, RANK_ONE)  # fmt: skip
@@ -156,7 +138,7 @@ def silu_mul_tiles(
     total = _tile(
         gate_up, stride, out, out_stride, first, count, tile, part * NUM_BLOCKS,
         (tiles, h, memory, words, layer), start,
-        WIDTH, BLOCK, NUM_BLOCKS, UNIT, BLOCK_T, BLOCK_R, DOWN_R, IS_LONG, EXACT, False,
+        WIDTH, BLOCK, NUM_BLOCKS, UNIT, BLOCK_T, BLOCK_R, DOWN_R, IS_LONG, EXACT,
     )  # fmt: skip
     # A row that this layer lacks is 0 even where x is infinite.
     total = tl.where((start >= 0)[None, :], total, 0.0)
@@ -170,7 +152,7 @@ def _tile(
     gate_up, stride, out, out_stride, first, count, tile, first_block, adapters, a_start,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, DOWN_R: tl.constexpr, IS_LONG: tl.constexpr,
-    EXACT: tl.constexpr, IS_RUN: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """Some blocks of columns of a tile's `count` rows from `first` on. Its h stays from block to block.
 
@@ -181,8 +163,8 @@ def _tile(
     t = tl.arange(0, BLOCK_T)
     is_token = t < count
     at = (first + t).to(tl.int64)[:, None]
-    start_0, value_0, rest_0 = open_tile(tile, t, is_token, 0, adapters, BLOCK_R, IS_RUN)
-    start_1, value_1, rest_1 = open_tile(tile, t, is_token, 1, adapters, BLOCK_R, IS_RUN)
+    start_0, value_0, rest_0 = open_tile(tile, t, is_token, 0, adapters, BLOCK_R)
+    start_1, value_1, rest_1 = open_tile(tile, t, is_token, 1, adapters, BLOCK_R)
     total = tl.zeros([BLOCK_T, DOWN_R], dtype=tl.float32)
     for block in range(NUM_BLOCKS):
         n = (first_block + block) * BLOCK + tl.arange(0, BLOCK)

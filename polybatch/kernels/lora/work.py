@@ -54,14 +54,12 @@ LEAD_ROWS = 4
 DENSE = -1
 
 # Fields of a unit, the rows that a program takes at once: its first row, how many, its narrow tile or ABSENT,
-# the part of the columns. A dense tile is LEAD_ROWS units; it and the next of its adapter, where it is full,
-# are RUN_UNITS units. Row 0 of `lora_units` says first how many units follow: no more than there are rows.
+# the part of the columns. A dense tile is LEAD_ROWS units. Row 0 of `lora_units` says first how many units
+# follow: no more than there are rows.
 UNIT_FIRST, UNIT_ROWS, UNIT_TILE, UNIT_PART = range(4)
 UNIT_FIELDS = 4
 # Most rows of a unit without adapter.
 BASE_ROWS = 8
-# Most rows of a run of tiles.
-RUN_ROWS, RUN_UNITS = 32, 2
 
 NARROW, WIDE = 0, 1
 BLOCK_TOKENS = (16, 64)
@@ -75,8 +73,6 @@ MAX_PARTS = 16
 DOWN_PARTS = 16
 # Shrink programs that fill a large GPU about twice.
 ENOUGH_PROGRAMS = 264
-# Rows of a step beyond which tiles form runs: programs of fewer would leave multiprocessors idle.
-RUN_STEP_ROWS = ENOUGH_PROGRAMS // 2
 # Items of a tile and group; a tile of more rows gives each item more.
 TILE_ITEMS = 8
 # Rows without adapter for which a launch of the plain kernel pays, which has room for more of them at once.
@@ -239,7 +235,7 @@ def fill(
     if not len(segments):
         views["lora_bounds"][:1] = 0
         none = np.zeros(0, np.int64)
-        _fill_units(views["lora_units"], rows[TILE], none, none, none, 0, num_rows)
+        _fill_units(views["lora_units"], rows[TILE], none, none, 0, num_rows)
         return GRAPH_PLAN
     starts, stops = segments[:, 0], segments[:, 1]
     wide = wide and (graph is None or graph.num_wide > 0)
@@ -281,11 +277,10 @@ def fill(
             f"a step has {num_tiles} adapter tiles, the arrays were made for {max_tiles}: raise "
             "LoraLimits.max_segments or max_h"
         )
-    first, num_tokens, of_segment = starts, lengths, np.zeros(num_tiles, np.int64)
+    first, num_tokens = starts, lengths
     if num_tiles > len(counts):
         owner = np.repeat(np.arange(len(counts)), counts)
-        of_segment = _within(counts)
-        first = starts[owner] + of_segment * tile_tokens[owner]
+        first = starts[owner] + _within(counts) * tile_tokens[owner]
         num_tokens = np.minimum(tile_tokens[owner], stops[owner] - first)
         template, ranks, is_wide, h_per_token = (
             template[owner],
@@ -310,13 +305,8 @@ def fill(
     if graph is not None or not wide or num_base < MIN_BASE_ROWS:
         num_base = 0
     _fill_rows(rows, first, num_tokens, num_narrow)
-    # A run is full tiles one after the other; where they had to be smaller than usual, there are none.
-    has_runs = num_rows > RUN_STEP_ROWS and not (limit < BLOCK_TOKENS[NARROW]).any()
-    run_tiles = RUN_ROWS // BLOCK_TOKENS[NARROW] if has_runs else 1
-    leads = np.flatnonzero(of_segment[:num_narrow] % run_tiles == 0)
-    run_rows = np.add.reduceat(num_tokens[:num_narrow], leads) if len(leads) else leads
     num_units = _fill_units(
-        views["lora_units"], rows[TILE], first[leads], run_rows, leads, num_base, num_rows
+        views["lora_units"], rows[TILE], first[:num_narrow], num_tokens[:num_narrow], num_base, num_rows
     )
     pairs = list(itertools.pairwise(edges))
     return LoraPlan(
@@ -399,20 +389,10 @@ def _fill_rows(rows: Array, first: Int64Array, num_tokens: Int64Array, num_narro
 
 
 def _fill_units(
-    units: Array,
-    tile_of_row: Array,
-    first: Int64Array,
-    num_tokens: Int64Array,
-    tile: Int64Array,
-    num_base: int,
-    num_rows: int,
+    units: Array, tile_of_row: Array, first: Int64Array, num_tokens: Int64Array, num_base: int, num_rows: int
 ) -> int:
-    """Units of runs of narrow tiles, then of rows without adapter from num_base on; returns their number.
-
-    first, num_tokens, tile: of each run, its rows and its first tile.
-    """
+    """Units of the narrow tiles, then of the rows without adapter from num_base on; returns their number."""
     parts = np.where(num_tokens >= LEAD_ROWS, LEAD_ROWS, 1)
-    parts[num_tokens > BLOCK_TOKENS[NARROW]] = RUN_UNITS
     base = np.flatnonzero(tile_of_row[num_base:num_rows] == ABSENT) + num_base
     # Neighbours share a unit: a run's rows have one difference of row and place in the list.
     shift = base - np.arange(len(base))
@@ -422,8 +402,8 @@ def _fill_units(
     num_units = num_of_tiles + len(leads)
     units[0, 0] = num_units
     of_tiles, of_base = units[1 : 1 + num_of_tiles], units[1 + num_of_tiles : 1 + num_units]
-    fields = np.stack([first, num_tokens, tile], axis=1)
-    of_tiles[:, [UNIT_FIRST, UNIT_ROWS, UNIT_TILE]] = np.repeat(fields, parts, axis=0)
+    of_tiles[:, UNIT_FIRST], of_tiles[:, UNIT_ROWS] = np.repeat(first, parts), np.repeat(num_tokens, parts)
+    of_tiles[:, UNIT_TILE] = np.repeat(np.arange(len(first)), parts)
     of_tiles[:, UNIT_PART] = _within(parts)
     of_base[:, UNIT_FIRST], of_base[:, UNIT_TILE], of_base[:, UNIT_PART] = base[leads], ABSENT, 0
     of_base[:, UNIT_ROWS] = np.diff(leads, append=len(base))

@@ -1,1 +1,0 @@
-"""The adapters' kernels as they were, for `lora_compare` to time beside the new ones."""
