@@ -15,7 +15,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from polybatch.scheduling.costs import COEFFICIENTS, FLOORS, CostModel
+from polybatch.scheduling.costs import COEFFICIENTS, CostModel
 from polybatch.simulate.cluster import simulate
 from polybatch.simulate.engine import EngineSettings
 from polybatch.simulate.machines import Machine
@@ -40,7 +40,7 @@ def slow(machine: Machine, factor: float = 2.0) -> Machine:
     """The same machine with every step so many times as long."""
     costs = machine.costs
     assert isinstance(costs, CostModel)
-    slower = replace(costs, **{name: getattr(costs, name) * factor for name in (*COEFFICIENTS, *FLOORS)})
+    slower = replace(costs, **{name: getattr(costs, name) * factor for name in COEFFICIENTS})
     return replace(machine, name=f"{machine.name}/{factor:g}", costs=slower)
 
 

@@ -91,21 +91,15 @@ _UNITS = {
     "per_adapter_token": "a token with an adapter",
     "per_adapter_work": "1,000 pages of adapters, counted for each token",
     "per_load_page": "1,000 pages of adapters loaded",
-    "mixed_floor": "a step with any prefill, at least",
-    "short_floor": "one with adapters of few tokens, so much more",
-    "long_floor": "one with adapters of many tokens, so much more",
 }
 _COUNTS = (("1,000,000 ", 1_000_000), ("1,000 ", 1_000))
 
 
 def coefficient_table(profile: CostProfile) -> Table:
     """Coefficients that are not 0, in milliseconds for what they are told of."""
-    from polybatch.scheduling.costs import FLOORS
-
     table = Table("coefficient", "ms", "for", box=box.SIMPLE_HEAD, show_edge=False)
     table.columns[1].justify = "right"
-    floors = {name: getattr(profile, name) for name in FLOORS}
-    for name, value in (profile.coefficients | floors).items():
+    for name, value in profile.coefficients.items():
         what = _UNITS[name]
         count = next((count for text, count in _COUNTS if what.startswith(text)), 1)
         if value:

@@ -97,13 +97,17 @@ def _designs(room: Room) -> Iterator[DesignedStep]:
     yield DesignedStep(tuple(16 * 2**i for i in range(8)) * 2)
     for n_new in (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192):
         yield DesignedStep(prefills=((0, n_new),), ends=n_new % 3 == 0 or n_new == 512)
-    for start, n_new in ((1024, 64), (1024, 512), (4000, 64), (4000, 256), (7000, 1024)):
+    for start, n_new in (
+        (1024, 64), (1024, 512), (4000, 64), (4000, 256), (7000, 1024), (16000, 32), (16000, 256),
+        (30000, 64),
+    ):  # fmt: skip
         yield DesignedStep(prefills=((start, n_new),))
     for count, n_new in ((4, 16), (4, 64), (16, 32), (8, 128), (8, 512), (64, 64), (64, 128)):
         yield DesignedStep(prefills=((0, n_new),) * count, ends=True)
     for batch, context, start, n_new in (
         (4, 256, 0, 64), (8, 1024, 0, 256), (16, 512, 512, 128), (32, 256, 0, 512), (64, 512, 0, 128),
         (128, 512, 1024, 512), (128, 256, 0, 2048), (32, 8000, 0, 512), (32, 8000, 0, 32), (192, 1024, 0, 32),
+        (32, 1024, 16000, 32),
     ):  # fmt: skip
         yield DesignedStep((context,) * batch, ((start, n_new),))
     for batch, shared, own in ((8, 512, 64), (32, 1024, 64), (64, 2048, 128), (128, 1024, 256)):
@@ -129,7 +133,7 @@ def _adapter_designs(num: int) -> Iterator[DesignedStep]:
     for rank, n_new in ((8, 64), (64, 64), (16, 512), (64, 512), (16, 2048)):
         yield DesignedStep(prefills=((0, n_new),), adapters=((rank, 0),))
     yield DesignedStep((256,) * 16, ((0, 64),) * 4, adapters=every)
-    # A GPU has kernels for adapters of few tokens, others for those of many: either alone, then both.
+    # A GPU has kernels for adapters of few tokens, others for those of many.
     few, some = every[: len(RANKS)], ((16, 0), (64, 0), None)
     for batch, n_new in ((2, 16), (16, 16), (48, 32), (2, 256), (16, 256), (48, 512)):
         yield DesignedStep((256,) * batch, ((0, n_new),), adapters=few)

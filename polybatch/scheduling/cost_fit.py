@@ -2,8 +2,8 @@
 
 The least squares are of (predicted - measured) / measured, so that a decode step of 2 ms counts as much as a
 prefill of 2 s. Outliers, a step that had to wait for another program, get Huber's weights (1964) in a few
-rounds. Hinge and floors are searched. Some twenty unknowns and a hundred
-steps are so little that plain Python takes about a second.
+rounds. The hinge is searched. Some twenty unknowns and a hundred steps are so little that plain Python takes
+about a second.
 Source: Lawson and Hanson, "Solving Least Squares Problems" (1974), chapter 23, on the normal equations.
 """
 
@@ -11,21 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from operator import mul
-from typing import Any
 
 from polybatch.errors import ConfigError
-from polybatch.scheduling.costs import (
-    COEFFICIENTS,
-    FLOORS,
-    CostModel,
-    StepCosts,
-    StepShape,
-    amounts,
-    is_launched_singly,
-    launches,
-)
+from polybatch.scheduling.costs import COEFFICIENTS, CostModel, StepCosts, StepShape, amounts
 
 HINGES = tuple(sorted({base << power for base in (8, 12) for power in range(11)}))
 """Where the hinge is searched, in tokens."""
@@ -39,14 +28,6 @@ MIN_SCALE = 0.005
 
 RIDGE = 1e-7
 """Against unknowns that the steps cannot tell apart."""
-
-FLOOR_MARGIN = 1.3
-"""A step that took no longer than so many times the fastest alike is at first taken to wait for launches."""
-
-MIN_AT_FLOOR = 5
-"""Steps that have to wait for launches before floors are believed in."""
-
-MAX_TURNS = 12
 
 Row = Sequence[float]
 
@@ -65,10 +46,8 @@ def fit(
     mixed_sizes: tuple[int, ...] = (),
     *,
     hinges: Iterable[int] = HINGES,
-    has_floors: bool = True,
 ) -> CostModel:
-    """The cost model of these steps. row_sizes, mixed_sizes: see `CostModel`. hinges: to try. has_floors: try
-    them, too.
+    """The cost model of these steps. row_sizes, mixed_sizes: see `CostModel`. hinges: to try.
 
     Raises ConfigError without steps, or for one that took no time.
     """
@@ -80,19 +59,14 @@ def fit(
         for n in (most, *(n for n in hinges if n < most))
     ]
     best: tuple[float, CostModel] | None = None
-    at_floor = _fastest(samples, mixed_sizes) if has_floors else set[int]()
-    for solve in (_solved, partial(_solved_with_floors, at_floor=at_floor))[: 1 + bool(at_floor)]:
-        for frame in frames:
-            model = solve(samples, frame)
-            loss = _loss(relative_errors(model, samples))
-            # Floors, or another hinge, have to be worth it.
-            if best is None or loss < 0.98 * best[0]:
-                best = loss, model
+    for frame in frames:
+        model = _solved(samples, frame)
+        loss = _loss(relative_errors(model, samples))
+        # Another hinge has to be worth it.
+        if best is None or loss < 0.98 * best[0]:
+            best = loss, model
     assert best is not None
-    found = best[1]
-    if found.mixed_floor:
-        return _solved_with_floors(samples, found, _at_floor(found, samples), ROUNDS)
-    return _solved(samples, found, ROUNDS)
+    return _solved(samples, best[1], ROUNDS)
 
 
 def _solved(samples: Iterable[Sample], frame: CostModel, rounds: int = 0) -> CostModel:
@@ -102,58 +76,7 @@ def _solved(samples: Iterable[Sample], frame: CostModel, rounds: int = 0) -> Cos
         [amount / sample.seconds for amount in amounts(sample.shape, frame.hinge, *padding)]
         for sample in samples
     ]
-    return replace(frame, **_named(COEFFICIENTS, _robust(rows, rounds)))
-
-
-def _solved_with_floors(
-    samples: Sequence[Sample], frame: CostModel, at_floor: set[int], rounds: int = 0
-) -> CostModel:
-    """Coefficients and floors: each fitted to the steps of which it is the greater, until these stay.
-
-    at_floor: indices of those that are taken to wait for launches, at first.
-    Source: Magnani and Boyd, "Convex piecewise-linear fitting" (2009), section 3.
-    """
-    model = frame
-    for _ in range(MAX_TURNS):
-        if not MIN_AT_FLOOR <= len(at_floor) <= len(samples) - MIN_AT_FLOOR:
-            break
-        rows = [[part / samples[i].seconds for part in launches(samples[i].shape)] for i in at_floor]
-        model = _solved([s for i, s in enumerate(samples) if i not in at_floor], frame, rounds)
-        model = replace(model, **_named(FLOORS, _robust(rows, ROUNDS)))
-        before, at_floor = at_floor, _at_floor(model, samples)
-        if at_floor == before:
-            break
-    return model
-
-
-def _named(names: Sequence[str], values: Sequence[float]) -> dict[str, Any]:
-    return dict(zip(names, values, strict=True))
-
-
-def _at_floor(model: CostModel, samples: Sequence[Sample]) -> set[int]:
-    """Which steps wait for their launches, as a model has it."""
-    return {
-        i
-        for i, sample in enumerate(samples)
-        if is_launched_singly(sample.shape, model.mixed_sizes)
-        and model.launch_s(sample.shape) >= model.device_s(sample.shape)
-    }
-
-
-def _fastest(samples: Sequence[Sample], mixed_sizes: tuple[int, ...]) -> set[int]:
-    """Which steps, of those launched one by one, took hardly longer than the fastest with the same kinds of
-    adapters."""
-    kinds: dict[tuple[int, ...], list[int]] = {}
-    for i, sample in enumerate(samples):
-        if is_launched_singly(sample.shape, mixed_sizes):
-            kinds.setdefault(launches(sample.shape), []).append(i)
-    found: set[int] = set()
-    for members in kinds.values():
-        seconds = sorted(samples[i].seconds for i in members)
-        # The second of many, as the very fastest may be an accident.
-        most = FLOOR_MARGIN * seconds[min(len(seconds) // 4, 1)]
-        found.update(i for i in members if samples[i].seconds <= most)
-    return found
+    return replace(frame, **dict(zip(COEFFICIENTS, _robust(rows, rounds), strict=True)))
 
 
 def _robust(rows: Sequence[Row], rounds: int) -> list[float]:

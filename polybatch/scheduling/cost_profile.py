@@ -10,9 +10,9 @@ from pathlib import Path
 import msgspec
 
 from polybatch.errors import ConfigError
-from polybatch.scheduling.costs import COEFFICIENTS, FLOORS, CostModel, StepShape
+from polybatch.scheduling.costs import COEFFICIENTS, CostModel, StepShape
 
-FORMAT = 2
+FORMAT = 3
 MAX_FILE_BYTES = 1 << 20
 
 
@@ -77,9 +77,6 @@ class CostProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     hinge: int
     row_sizes: tuple[int, ...]
     mixed_sizes: tuple[int, ...] = ()
-    mixed_floor: float
-    short_floor: float
-    long_floor: float
     median_error: float
     p95_error: float
     num_fitted: int
@@ -95,7 +92,6 @@ class CostProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     def model(self) -> CostModel:
         return CostModel(
             **self.coefficients, hinge=self.hinge, row_sizes=self.row_sizes, mixed_sizes=self.mixed_sizes,
-            mixed_floor=self.mixed_floor, short_floor=self.short_floor, long_floor=self.long_floor,
         )  # fmt: skip
 
 
@@ -126,8 +122,7 @@ def parse_profile(data: bytes, source: str) -> CostProfile:
         raise ConfigError(
             f"{source}: coefficients {', '.join(sorted(unknown))} are unknown or missing; {way_out}"
         )
-    floors = {name: getattr(profile, name) for name in FLOORS}
-    for name, value in (profile.coefficients | floors).items():
+    for name, value in profile.coefficients.items():
         if not math.isfinite(value) or value < 0:
             raise ConfigError(f"{source}: {name} is {value}; it must be 0 or more; {way_out}")
     for sizes in (profile.row_sizes, profile.mixed_sizes):

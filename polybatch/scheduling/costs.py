@@ -29,8 +29,7 @@ class StepShape:
     chunks, adapter_tokens: tokens that have one. load_pages: pages of adapters that are loaded before it.
     num_prefills: chunks of more than one token, prefill_context: tokens of KV that they read.
     shared_context: of decode_context what another row of the step reads as well, but for the first reading.
-    adapter_work: sum over tokens of the pages of their adapter. num_long_adapters: of num_adapters those with
-    LONG_TOKENS tokens or more; counted in steps with prefill only. largest_adapter: pages of the largest.
+    adapter_work: sum over tokens of the pages of their adapter. largest_adapter: pages of the largest.
     """
 
     num_tokens: int = 0
@@ -47,7 +46,6 @@ class StepShape:
     prefill_context: int = 0
     shared_context: int = 0
     adapter_work: int = 0
-    num_long_adapters: int = 0
     largest_adapter: int = 0
 
 
@@ -70,11 +68,8 @@ class StepCosts(Protocol):
 MIN_SHARED_PAGES, MIN_SHARERS = 8, 3
 """A prefix so long, read by so many rows of a step, counts as shared; as the CUDA executor has it."""
 
-LONG_TOKENS = 64
-"""Tokens of a step from which on an adapter has kernels of its own; as the CUDA executor has it."""
-
 _n_new, _start, _logits = attrgetter("n_new"), itemgetter(1), attrgetter("logits")
-_adapter_pages, _digest = attrgetter("seq.adapter.num_pages"), attrgetter("seq.adapter.digest")
+_adapter_pages = attrgetter("seq.adapter.num_pages")
 
 
 def shape_of(plan: StepPlan, page_size: int = 16) -> StepShape:
@@ -94,17 +89,12 @@ def shape_of(plan: StepPlan, page_size: int = 16) -> StepShape:
             prefill_context += start + n_new
             context -= start + 1
             pairs += n_new * start + n_new * (n_new + 1) // 2
-    adapter_tokens = adapter_work = num_long = 0
+    adapter_tokens = adapter_work = 0
     if plan.resident:
         adapted = [chunk for chunk in chunks if chunk.seq.adapter is not None]
         counts = list(map(_n_new, adapted))
         adapter_tokens = sum(counts)
         adapter_work = sum(map(mul, counts, map(_adapter_pages, adapted)))
-        if num_prefills and adapter_tokens >= LONG_TOKENS:
-            tokens_of: dict[str, int] = {}
-            for digest, n_new in zip(map(_digest, adapted), counts, strict=True):
-                tokens_of[digest] = tokens_of.get(digest, 0) + n_new
-            num_long = sum(n >= LONG_TOKENS for n in tokens_of.values())
     page_counts = list(map(len, plan.resident.values()))
     num_decodes = num_chunks - num_prefills
     return StepShape(
@@ -122,7 +112,6 @@ def shape_of(plan: StepPlan, page_size: int = 16) -> StepShape:
         prefill_context,
         0 if num_decodes < MIN_SHARERS else _shared_context(chunks, page_size),
         adapter_work,
-        num_long,
         max(page_counts, default=0),
     )
 
@@ -167,10 +156,7 @@ COEFFICIENTS = (
 )  # fmt: skip
 """The linear coefficients of a `CostModel`, in the order of `amounts`."""
 
-FLOORS = ("mixed_floor", "short_floor", "long_floor")
-"""What the host takes to launch steps with prefill, in the order of `launches`."""
-
-_coefficients, _floors = attrgetter(*COEFFICIENTS), attrgetter(*FLOORS)
+_coefficients = attrgetter(*COEFFICIENTS)
 
 
 def amounts(
@@ -205,17 +191,6 @@ def amounts(
     )
 
 
-def is_launched_singly(shape: StepShape, mixed_sizes: tuple[int, ...]) -> bool:
-    """Whether the host of a GPU launches a step kernel by kernel: one with prefill that no graph holds."""
-    return shape.num_prefills > 0 and not (mixed_sizes and shape.num_tokens <= mixed_sizes[-1])
-
-
-def launches(shape: StepShape) -> tuple[int, int, int]:
-    """Whether a step with prefill launches what all do, kernels for adapters of few tokens, of many."""
-    num_long = shape.num_long_adapters
-    return 1, int(shape.num_adapters > num_long), int(num_long > 0)
-
-
 @dataclass(frozen=True, slots=True)
 class CostModel:
     """Seconds = base + sum of coefficient x amount, with a hinge in the number of tokens.
@@ -224,10 +199,7 @@ class CostModel:
     `per_token_beyond` more. per_context: per token of KV that decoding rows read for the first time in the
     step, per_shared_context again. Once for a whole step where there is any: per_mixed for prefill,
     per_head for logits, per_adapted for adapters. row_sizes, mixed_sizes: decode steps, and those with
-    prefill, are padded to the next of these (captured graphs); ascending, empty for none. mixed_floor:
-    seconds below which no step with prefill gets whose kernels the host of a GPU launches one by one;
-    short_floor, long_floor: so much more where there are adapters of few tokens, and of many, which have
-    kernels of their own.
+    prefill, are padded to the next of these (captured graphs); ascending, empty for none.
     """
 
     base: float
@@ -252,9 +224,6 @@ class CostModel:
     per_largest_page: float = 0.0
     row_sizes: tuple[int, ...] = ()
     mixed_sizes: tuple[int, ...] = ()
-    mixed_floor: float = 0.0
-    short_floor: float = 0.0
-    long_floor: float = 0.0
 
     @property
     def is_ready(self) -> bool:
@@ -262,18 +231,6 @@ class CostModel:
 
     def predict(self, shape: StepShape) -> float:
         """Seconds of a step of this shape."""
-        found = self.device_s(shape)
-        if self.mixed_floor and is_launched_singly(shape, self.mixed_sizes):
-            return max(found, self.launch_s(shape))
-        return found
-
-    def device_s(self, shape: StepShape) -> float:
-        """Seconds that a step of this shape would take if launching it took none."""
         counted = amounts(shape, self.hinge, self.row_sizes, self.mixed_sizes)
         found: float = sum(map(mul, _coefficients(self), counted))
-        return found
-
-    def launch_s(self, shape: StepShape) -> float:
-        """Seconds that the host takes to launch a step kernel by kernel, whatever the device has to do."""
-        found: float = sum(map(mul, _floors(self), launches(shape)))
         return found

@@ -86,5 +86,5 @@ class OnlineCost:
             self.factors = dict.fromkeys(self.factors, scale)
             return
         self._least_s = 0.5 * min(sample.seconds for sample in self._seen)
-        self.model = fit(list(self._seen), hinges=(), has_floors=False)
+        self.model = fit(list(self._seen), hinges=())
         self.factors = dict.fromkeys(self.factors, 1.0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from polybatch.request import AdapterRef
 from polybatch.scheduling.admission import PlanDraft
-from polybatch.scheduling.costs import LONG_TOKENS, StepCosts, StepShape, shape_of
+from polybatch.scheduling.costs import StepCosts, StepShape, shape_of
 from polybatch.scheduling.plan import StepPlan
 from polybatch.scheduling.track import Track
 
@@ -99,7 +99,7 @@ def _grown(base: StepShape, parts: Iterable[Part], n: int, known: set[str]) -> S
     """A shape with `n` more tokens of prefill."""
     left = n
     prefills = pairs = context = logits = adapters = pages = tokens = work = 0
-    num_long = largest = 0
+    largest = 0
     new: set[str] = set()
     for part in parts:
         if left <= 0:
@@ -114,7 +114,6 @@ def _grown(base: StepShape, parts: Iterable[Part], n: int, known: set[str]) -> S
         if adapter is not None:
             tokens += take
             work += take * adapter.num_pages
-            num_long += take >= LONG_TOKENS
             largest = max(largest, adapter.num_pages)
             if adapter.digest not in known and adapter.digest not in new:
                 new.add(adapter.digest)
@@ -136,7 +135,6 @@ def _grown(base: StepShape, parts: Iterable[Part], n: int, known: set[str]) -> S
         prefill_context=base.prefill_context + context,
         shared_context=base.shared_context,
         adapter_work=base.adapter_work + work,
-        num_long_adapters=min(base.num_adapters + adapters, base.num_long_adapters + num_long),
         largest_adapter=max(base.largest_adapter, largest),
     )
 
@@ -164,6 +162,5 @@ def _with_row(base: StepShape, row: Track, digests: set[str]) -> StepShape:
         prefill_context=base.prefill_context,
         shared_context=base.shared_context,
         adapter_work=base.adapter_work + pages,
-        num_long_adapters=base.num_long_adapters,
         largest_adapter=max(base.largest_adapter, pages),
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 from polybatch.config import PoolSpec
 from polybatch.errors import ConfigError
 from polybatch.scheduling.cost_profile import CostProfile, load_profile
-from polybatch.scheduling.costs import FLOORS, CostModel, StepCosts, StepShape
+from polybatch.scheduling.costs import CostModel, StepCosts, StepShape
 
 GIB = 1 << 30
 
@@ -133,7 +133,6 @@ def scaled(
         **dict.fromkeys(("base", "per_head", "per_largest_page", "per_adapter_token"), wide / bandwidth),
         **dict.fromkeys(("per_context", "per_shared_context", "per_prefill_context"), kv / bandwidth),
         "per_adapter_page": share / bandwidth, "per_load_page": share,
-        **dict.fromkeys(FLOORS, parameters**0.5),
     }  # fmt: skip
     # Up to the hinge, arithmetic hides behind memory.
     scaled_costs = replace(

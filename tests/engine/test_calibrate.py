@@ -25,7 +25,7 @@ from polybatch.execution.fake import FakeAheadExecutor, FakeExecutor
 from polybatch.request import SamplingParams
 from polybatch.sampling.sampler import Sampled
 from polybatch.scheduling.cost_profile import load_profile, save_profile
-from polybatch.scheduling.costs import COEFFICIENTS, FLOORS
+from polybatch.scheduling.costs import COEFFICIENTS
 
 CONFIG = {
     "model_type": "llama", "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48,
@@ -149,9 +149,8 @@ def test_what_is_printed_names_every_coefficient_and_the_error(measured: tuple[L
         found.profile(llm),
         coefficients=dict.fromkeys(COEFFICIENTS, 0.001),
         p95_error=0.123,
-        **dict.fromkeys(FLOORS, 0.002),
     )
-    assert coefficient_table(profile).row_count == len(COEFFICIENTS) + len(FLOORS)
+    assert coefficient_table(profile).row_count == len(COEFFICIENTS)
     told = "\n".join(meanings(profile))
     assert "P95 error 12.3%" in told
     assert "a decode step of 32 rows at 1,000 tokens of context: " in told

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -100,34 +99,3 @@ def test_quantiles_lie_between_neighbours() -> None:
     assert quantile([3.0, 1.0, 2.0], 0.5) == 2.0
     assert quantile([0.0, 1.0], 0.95) == pytest.approx(0.95)
     assert quantile([], 0.5) == 0.0
-
-
-def test_floors_under_steps_with_prefill_are_found() -> None:
-    floors = {"mixed_floor": 0.06, "short_floor": 0.04, "long_floor": 0.02}
-    truth = replace(TRUTH, **floors)
-    rng = random.Random(3)
-    shapes = [
-        replace(sample.shape, num_long_adapters=rng.randrange(sample.shape.num_adapters + 1))
-        for sample in samples(0, 240)
-    ]
-    noisy = [Sample(shape, truth.predict(shape) * rng.uniform(0.95, 1.05)) for shape in shapes]
-    model = fit(noisy)
-    for name, value in floors.items():
-        assert getattr(model, name) == pytest.approx(value, rel=0.1)
-    test = [Sample(s.shape, truth.predict(s.shape)) for s in samples(1, 50)]
-    assert quantile(relative_errors(model, test), 0.95) < 0.07
-
-
-def test_steps_that_a_graph_holds_wait_for_no_launches() -> None:
-    truth = replace(TRUTH, mixed_floor=0.5, mixed_sizes=(64, 128))
-    shapes = [sample.shape for sample in samples(0, 240)]
-    model = fit([Sample(shape, truth.predict(shape)) for shape in shapes], mixed_sizes=truth.mixed_sizes)
-    assert model.mixed_floor == pytest.approx(0.5, rel=0.01)
-    held = [shape for shape in shapes if shape.num_prefills and shape.num_tokens <= 128]
-    assert held
-    for shape in held:
-        assert model.predict(shape) == pytest.approx(truth.predict(shape), rel=0.05)
-
-
-def test_no_floor_is_seen_where_there_is_none() -> None:
-    assert fit(samples(0, 160, noise=0.05)).mixed_floor == 0

@@ -33,7 +33,7 @@ def profile(**changes: Any) -> CostProfile:
     coefficients = {name: 1e-6 * i for i, name in enumerate(COEFFICIENTS, 1)}
     made = CostProfile(
         format=FORMAT, key=KEY, coefficients=coefficients, hinge=64, row_sizes=(1, 2, 4),
-        mixed_sizes=(16, 32), mixed_floor=0.01, short_floor=0.002, long_floor=0.001, median_error=0.03,
+        mixed_sizes=(16, 32), median_error=0.03,
         p95_error=0.1, num_fitted=60, num_held_out=32, num_disturbed=0,
         pool=PoolShape(num_pages=10, page_size=16, page_bytes=64, num_layers=2),
         limits=EngineLimits(max_num_batched_tokens=2048, max_num_seqs=256, max_model_len=4096),
@@ -56,9 +56,6 @@ def test_a_profile_comes_back_as_it_was_kept(tmp_path: Path) -> None:
         hinge=64,
         row_sizes=(1, 2, 4),
         mixed_sizes=(16, 32),
-        mixed_floor=0.01,
-        short_floor=0.002,
-        long_floor=0.001,
     )
     assert list(path.parent.iterdir()) == [path]
 
@@ -71,7 +68,6 @@ def test_a_profile_comes_back_as_it_was_kept(tmp_path: Path) -> None:
         (b"\xff\xfe", "no cost profile"),
         (content(format=FORMAT + 1), "format"),
         (content(surprise=1), "surprise"),
-        (content(mixed_floor=-0.1), "mixed_floor"),
         (content(hinge="64"), "hinge"),
         (content(hinge=-1), "hinge"),
         (content(row_sizes=[4, 2]), "row_sizes"),

@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 from polybatch.request import AdapterRef, Request, SamplingParams, Sequence
 from polybatch.scheduling.costs import (
     COEFFICIENTS,
-    FLOORS,
-    LONG_TOKENS,
     SHAPE_FIELDS,
     CostModel,
     StepShape,
@@ -73,13 +71,6 @@ def test_amounts_are_sums_over_the_chunks(found: list[Chunk]) -> None:
     assert shape.largest_adapter == max(
         (c.seq.adapter.num_pages for c in adapted if c.seq.adapter), default=0
     )
-    tokens = [sum(c.n_new for c in adapted if c.seq.adapter == ref) for ref in REFS]
-    assert shape.num_long_adapters == (sum(n >= LONG_TOKENS for n in tokens) if prefills else 0)
-
-
-def test_an_adapter_is_long_from_where_the_gpu_launches_other_kernels_for_it() -> None:
-    work = pytest.importorskip("polybatch.kernels.lora.work")
-    assert LONG_TOKENS == work.WIDE_TOKENS
 
 
 def test_loads_count_their_pages_whoever_uses_them() -> None:
@@ -141,7 +132,7 @@ def test_a_prediction_is_coefficients_times_amounts(model: CostModel, shape: Ste
 
 
 def test_every_coefficient_is_a_field_of_the_model_and_every_amount_can_matter() -> None:
-    others = {"hinge", "row_sizes", "mixed_sizes", *FLOORS}
+    others = {"hinge", "row_sizes", "mixed_sizes"}
     assert {*COEFFICIENTS, *others} == {field.name for field in fields(CostModel)}
     shape = StepShape(**dict.fromkeys(SHAPE_FIELDS, 7) | {"decode_context": 20})
     assert min(amounts(shape, 3)) > 0
@@ -153,8 +144,8 @@ def test_steps_are_padded_to_the_next_captured_size_of_their_kind() -> None:
     assert model.predict(StepShape(num_tokens=8, num_decodes=8)) == 9
     assert model.predict(StepShape(num_tokens=11, num_decodes=11)) == 12
     assert model.predict(StepShape(num_tokens=5, num_decodes=1, num_prefill_tokens=4, num_prefills=1)) == 6
-    mixed = replace(model, mixed_sizes=(16, 32), mixed_floor=100.0)
-    for tokens, seconds in ((5, 17), (17, 33), (33, 100)):
+    mixed = replace(model, mixed_sizes=(16, 32))
+    for tokens, seconds in ((5, 17), (17, 33), (33, 34)):
         assert mixed.predict(StepShape(num_tokens=tokens, num_prefills=1)) == seconds
     assert mixed.predict(StepShape(num_tokens=5, num_decodes=5)) == 9
 
@@ -162,15 +153,3 @@ def test_steps_are_padded_to_the_next_captured_size_of_their_kind() -> None:
 def test_tokens_beyond_the_hinge_cost_more() -> None:
     model = CostModel(base=1.0, per_token=1.0, hinge=10, per_token_beyond=2.0)
     assert [model.predict(StepShape(num_tokens=n)) for n in (10, 11, 12)] == [11, 14, 17]
-
-
-def test_steps_with_prefill_take_at_least_what_launching_them_takes() -> None:
-    model = CostModel(base=1.0, per_token=1.0, mixed_floor=10.0, short_floor=3.0, long_floor=2.0)
-    prefill = {"num_prefill_tokens": 4, "num_prefills": 1}
-    assert model.predict(StepShape(num_tokens=4)) == 5
-    assert model.predict(StepShape(num_tokens=4, **prefill)) == 10
-    assert model.predict(StepShape(num_tokens=4, num_adapters=1, **prefill)) == 13
-    assert model.predict(StepShape(num_tokens=4, num_adapters=2, num_long_adapters=2, **prefill)) == 12
-    assert model.predict(StepShape(num_tokens=4, num_adapters=2, num_long_adapters=1, **prefill)) == 15
-    assert model.predict(StepShape(num_tokens=20, num_adapters=1, **prefill)) == 21
-    assert model.predict(StepShape(num_tokens=4, num_adapters=1)) == 5

@@ -41,8 +41,8 @@ def test_a_calibrated_profile_is_a_machine(tmp_path: Path) -> None:
     )  # fmt: skip
     coefficients = {**dict.fromkeys(COEFFICIENTS, 0.0), "base": 0.01, "per_token": 0.001}
     profile = CostProfile(
-        format=FORMAT, key=key, coefficients=coefficients, hinge=0, row_sizes=(), mixed_floor=0.0,
-        short_floor=0.0, long_floor=0.0, median_error=0.1, p95_error=0.2,
+        format=FORMAT, key=key, coefficients=coefficients, hinge=0, row_sizes=(),
+        median_error=0.1, p95_error=0.2,
         num_fitted=3, num_held_out=3, num_disturbed=0, adapter_bytes_per_rank=100.0, created="", version="0",
         pool=PoolShape(num_pages=10, page_size=16, page_bytes=64, num_layers=2),
         limits=EngineLimits(max_num_batched_tokens=64, max_num_seqs=4, max_model_len=128),
