@@ -36,6 +36,9 @@ def test_the_token_budget_is_the_largest_whose_step_stays_within_the_limit() -> 
                 num_prefill_tokens=num_tokens,
                 decode_context=32 * 4096,
                 prefill_pairs=num_tokens * 8192,
+                num_logits=33,
+                num_prefills=1,
+                prefill_context=8192,
             )
         )
 
