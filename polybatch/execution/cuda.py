@@ -187,6 +187,8 @@ class CudaExecutor:
                 mixed_ladder(max_num_tokens), MIXED_VARIANTS, self._run_mixed, where,
                 lambda done, total: report("graphs of mixed steps", done, total),
             )  # fmt: skip
+            if ranks.size == 1:
+                self._mixed_graphs.drop_dominated(MIXED_VARIANTS[0])
         self.startup_s["graphs"] = time.perf_counter() - compiled
 
     @property

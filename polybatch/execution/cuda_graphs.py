@@ -78,6 +78,32 @@ class GraphLadder:
                 progress(done, len(todo))
         torch.cuda.synchronize(device)
 
+    def drop_dominated(self, variant: Variant) -> None:
+        """Forget sizes whose graph takes no less time than a larger one's.
+
+        Which kernel the vendor's library takes for a product differs by its number of rows, and 832 rows may
+        take longer than 1,024. Replays run over whatever lies in the arrays.
+        """
+        kept: list[int] = []
+        least = float("inf")
+        for size in reversed(self.sizes):
+            taken = min(self._time(size, variant) for _ in range(2))
+            if taken < least:
+                kept.append(size)
+                least = taken
+        self._graphs = {key: graph for key, graph in self._graphs.items() if key[0] in kept}
+        self.sizes = kept[::-1]
+
+    def _time(self, size: int, variant: Variant) -> float:
+        """Milliseconds of a replay."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        self.replay(size, variant)
+        end.record()
+        end.synchronize()
+        taken: float = start.elapsed_time(end)
+        return taken
+
     def size_for(self, num_rows: int) -> int | None:
         """Rows of the graph that a step of so many takes, or None if it is larger than all."""
         at = bisect_left(self.sizes, num_rows)

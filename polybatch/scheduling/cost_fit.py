@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from operator import mul
+from typing import Any
 
 from polybatch.errors import ConfigError
 from polybatch.scheduling.costs import COEFFICIENTS, CostModel, StepCosts, StepShape, amounts
@@ -76,7 +77,8 @@ def _solved(samples: Iterable[Sample], frame: CostModel, rounds: int = 0) -> Cos
         [amount / sample.seconds for amount in amounts(sample.shape, frame.hinge, *padding)]
         for sample in samples
     ]
-    return replace(frame, **dict(zip(COEFFICIENTS, _robust(rows, rounds), strict=True)))
+    found: dict[str, Any] = dict(zip(COEFFICIENTS, _robust(rows, rounds), strict=True))
+    return replace(frame, **found)
 
 
 def _robust(rows: Sequence[Row], rounds: int) -> list[float]:
