@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 BLEND = 8.0
 """A token of prompt puts a request back by so many times what it takes to compute."""
 
+DECODE_SHARE = 0.5
+"""Of the steps' time, what outputs may be counted on to get. Who could be met only by more would, once
+running, leave prompts hardly any room, and whoever waits would come to the same pass."""
+
 RELEGATED_TURN = 16
 
 NO_DEADLINE_S = 60.0
@@ -202,8 +206,9 @@ class Deadline(Policy):
     def _late_s(self, track: Track) -> float:
         """From when on a waiting track's first token is late even if it starts at once."""
         assert track.due is not None
-        first_s = track.due.first_token_s(self.pace.step_s)
-        return first_s - self.pace.prefill_s(track.seq.num_tokens)
+        pace = self.pace
+        token_s = max(pace.step_s, min(pace.step_s / DECODE_SHARE, pace.full_s))
+        return track.due.first_token_s(token_s) - pace.prefill_s(track.seq.num_tokens)
 
 
 def _told(track: Track, due: Due, now: float, pace: Pace) -> str:
