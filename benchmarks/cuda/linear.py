@@ -59,8 +59,6 @@ TILES: dict[int, tuple[tuple[int, int, int, bool], ...]] = {
     64: ((64, 4, 3, False), (128, 8, 3, False), (128, 8, 3, True)),
     128: ((128, 8, 4, True), (256, 8, 3, True)),
 }
-# Tile of tokens -> tiles of rows, stages of the kernel that sums over all inputs in a program of four warps.
-ROW_TILES = {8: ((16, 3), (16, 4), (32, 4)), 16: ((16, 3), (32, 3))}
 PROGRAMS = (0, 132, 264, 396, 528, 1056)
 """Wanted in all; the inputs are split to come near. 0: not split."""
 
@@ -108,8 +106,6 @@ def candidates(tokens: int, layout: Int4Layout) -> list[Int4Config]:
             for wanted in PROGRAMS if tokens <= 128 else (0,):
                 split = max(1, min(round(wanted / programs), layout.k_tiles // 2, 8))
                 found[Int4Config(block_m, block_out, split, warps, stages, is_scaled)] = None
-        for block_out, stages in ROW_TILES.get(block_m, ()):
-            found[Int4Config(block_m, block_out, 1, 4, stages, has_all_inputs=True)] = None
     return list(found)
 
 
@@ -301,13 +297,11 @@ def describe(timing: Timing) -> str:
     c = timing.config
     assert c is not None
     tile = f"{c.block_m}x{c.block_out}/{c.split} w{c.num_warps} s{c.num_stages}"
-    kind = " scaled" if c.is_scaled else " rows" if c.has_all_inputs else ""
-    return f"{tile}{kind} {timing.us:.1f}"
+    return f"{tile}{' scaled' if c.is_scaled else ''} {timing.us:.1f}"
 
 
 def as_source(config: Int4Config) -> str:
     tail = ", is_scaled=True" if config.is_scaled else ""
-    tail += ", has_all_inputs=True" if config.has_all_inputs else ""
     numbers = (config.block_m, config.block_out, config.split, config.num_warps, config.num_stages)
     return f"Int4Config({', '.join(map(str, numbers))}{tail})"
 

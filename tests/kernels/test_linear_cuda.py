@@ -129,24 +129,6 @@ def test_int4_is_the_same_with_scaled_weights_and_shorter_steps(
     assert relative_error(result, expected) < TOLERANCE[torch.bfloat16]
 
 
-@pytest.mark.parametrize(("block_m", "block_out", "warps"), [(8, 16, 4), (16, 16, 4), (8, 32, 2)])
-@pytest.mark.parametrize(
-    ("inputs", "group", "zeros"),
-    [(2048, 128, False), (1304, 128, True), (1280, 256, True), (1304, None, False)],
-)
-def test_int4_is_the_same_with_all_inputs_of_a_row_in_one_program(
-    block_m: int, block_out: int, warps: int, inputs: int, group: int | None, zeros: bool
-) -> None:
-    weight = random_int4(7, 120, inputs, group, zeros)
-    x = draw(4, 11, inputs, dtype=torch.bfloat16)
-    expected = x.double() @ dequantize_symmetric(weight).double().T
-    linear = Int4Linear(pack_int4(weight.to(DEVICE)), workspace())
-    result = poisoned(11, 120, torch.bfloat16)
-    config = Int4Config(block_m, block_out, 1, warps, 3, has_all_inputs=True)
-    linear.forward_fused(x.to(DEVICE), result, config)
-    assert relative_error(result, expected) < TOLERANCE[torch.bfloat16]
-
-
 @pytest.mark.parametrize(("group", "zeros"), [(128, True), (None, False)])
 def test_widening_for_prefill_computes_the_same(
     group: int | None, zeros: bool, monkeypatch: pytest.MonkeyPatch

@@ -20,7 +20,6 @@ from polybatch.errors import ConfigError
 from polybatch.kernels.linear.cuda_config import Int4Config, int4_config
 from polybatch.kernels.linear.cuda_fp8 import quantize_tokens_kernel
 from polybatch.kernels.linear.cuda_int4 import dequantize_kernel, int4_linear_kernel
-from polybatch.kernels.linear.cuda_int4_rows import int4_rows_kernel
 from polybatch.kernels.linear.cuda_pack import K_TILE, ROW_TILE, Int4Layout, pack_int4
 from polybatch.kernels.linear.cuda_workspace import LinearWorkspace, check_product
 from polybatch.kernels.linear.quantize_symmetric import (
@@ -105,7 +104,7 @@ class FloatLinear:
 
 
 class Int4Linear:
-    """4-bit weights: a fused kernel up to FUSED_TOKENS tokens, above it widened weights and cuBLAS."""
+    """4-bit weights: the fused kernel up to FUSED_TOKENS tokens, above it widened weights and cuBLAS."""
 
     def __init__(self, layout: Int4Layout, workspace: LinearWorkspace) -> None:
         self.layout = layout
@@ -122,11 +121,11 @@ class Int4Linear:
 
     def reserve(self, configs: list[tuple[int, Int4Config]]) -> None:
         """Room for the partial sums of these (tokens, configuration) pairs."""
-        rows = self.layout.rows
-        split = [(-(-m // c.block_m) * (rows // c.block_out), c) for m, c in configs if c.split > 1]
-        cells = [tiles * c.split * c.block_out * c.block_m for tiles, c in split]
-        self._workspace.reserve("partials", max(cells, default=1), torch.float32)
-        self._workspace.reserve("arrived", max((tiles for tiles, _ in split), default=1), torch.int32)
+        tiles = [-(-m // c.block_m) * (self.layout.rows // c.block_out) for m, c in configs]
+        cells = [t * c.split * c.block_out * c.block_m for t, (_, c) in zip(tiles, configs, strict=True)]
+        split = [cell for cell, (_, c) in zip(cells, configs, strict=True) if c.split > 1]
+        self._workspace.reserve("partials", max([1, *split]), torch.float32)
+        self._workspace.reserve("arrived", max(tiles), torch.int32)
 
     def forward(self, x: torch.Tensor, out: torch.Tensor) -> None:
         num_tokens = x.shape[0]
@@ -138,49 +137,39 @@ class Int4Linear:
 
     def forward_fused(self, x: torch.Tensor, out: torch.Tensor, config: Int4Config) -> None:
         """One launch. The workspace must have been reserved for the configuration."""
-        kernel, grid, arguments, options = self._launch(x, out, config)
-        kernel[grid](*arguments, **options)
+        grid, arguments, options = self._launch(x, out, config)
+        int4_linear_kernel[grid](*arguments, **options)
 
     def compile_fused(self, x: torch.Tensor, out: torch.Tensor, config: Int4Config) -> None:
         """Compile what forward_fused would launch; inside triton.AsyncCompileMode many at a time."""
-        kernel, grid, arguments, options = self._launch(x, out, config)
-        kernel.warmup(*arguments, grid=grid, **options)
+        grid, arguments, options = self._launch(x, out, config)
+        int4_linear_kernel.warmup(*arguments, grid=grid, **options)
 
     def _launch(
         self, x: torch.Tensor, out: torch.Tensor, config: Int4Config
-    ) -> tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]:
-        """Kernel, grid, arguments, options."""
+    ) -> tuple[tuple[int, int, int], tuple[Any, ...], dict[str, Any]]:
         layout = self.layout
-        m_tiles, out_tiles = -(-x.shape[0] // config.block_m), layout.rows // config.block_out
-        tables = (layout.words, layout.scales, layout.scales if layout.offsets is None else layout.offsets)
-        sizes = (x.shape[0], layout.num_in, layout.num_out, layout.rows, layout.k_tiles)
+        grid = (-(-x.shape[0] // config.block_m), layout.rows // config.block_out, config.split)
+        arguments = (
+            x, layout.words, layout.scales, layout.scales if layout.offsets is None else layout.offsets, out,
+            self._workspace.buffer("partials"), self._workspace.buffer("arrived"), x.shape[0], layout.num_in,
+            layout.num_out, layout.rows, layout.k_tiles, config.split, x.stride(0), out.stride(0),
+        )  # fmt: skip
         options: dict[str, Any] = {
             "BLOCK_M": config.block_m,
             "BLOCK_OUT": config.block_out,
+            "COLUMNS": config.columns,
+            "REDUCED": config.parts_at_a_time,
+            "EVEN_K": layout.num_in % K_TILE == 0,
             "GROUPED": layout.is_grouped,
             "HAS_ZEROS": layout.offsets is not None,
             "SCALES_BF16": layout.scales_bf16,
+            "SCALED": config.is_scaled and layout.is_grouped,
             "ASSEMBLY": not _INTERPRETED,
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
         }
-        if config.has_all_inputs:
-            options |= {
-                "INNER": config.num_warps,
-                "STEPS": -(-layout.k_tiles // config.num_warps),
-                "EVEN_K": layout.num_in % (K_TILE * config.num_warps) == 0,
-            }
-            arguments: tuple[Any, ...] = (x, *tables, out, *sizes, x.stride(0), out.stride(0))
-            return int4_rows_kernel, (out_tiles, m_tiles), arguments, options
-        options |= {
-            "COLUMNS": config.columns,
-            "REDUCED": config.parts_at_a_time,
-            "EVEN_K": layout.num_in % K_TILE == 0,
-            "SCALED": config.is_scaled and layout.is_grouped,
-        }
-        scratch = (self._workspace.buffer("partials"), self._workspace.buffer("arrived"))
-        arguments = (x, *tables, out, *scratch, *sizes, config.split, x.stride(0), out.stride(0))
-        return int4_linear_kernel, (m_tiles, out_tiles, config.split), arguments, options
+        return grid, arguments, options
 
     def forward_widened(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Rows of weights by the chunk: widen them into scratch, multiply."""

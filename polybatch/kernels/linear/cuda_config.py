@@ -1,4 +1,4 @@
-"""How the int4 kernels cut their work, by shape; measured by benchmarks/cuda/linear.py.
+"""How the int4 kernel cuts its work, by shape; measured by benchmarks/cuda/linear.py.
 
 Programs wait for memory together, so all of a launch should be resident at once, evenly loaded. Splitting
 the inputs fills the device where tiles are few, and costs a sum over the parts. From 64 tokens on, x passes
@@ -14,11 +14,9 @@ _ANY = 1 << 62
 
 @dataclass(frozen=True, slots=True)
 class Int4Config:
-    """Tile sizes, parts of the inputs, warps, pipeline stages.
+    """Tile sizes, parts of the inputs, warps, pipeline stages of int4_linear_kernel.
 
     is_scaled: scales multiply weights, not sums.
-    has_all_inputs: int4_rows_kernel, where a program sums over all inputs (split is 1; scales multiply sums);
-    otherwise int4_linear_kernel.
     """
 
     block_m: int
@@ -27,7 +25,6 @@ class Int4Config:
     num_warps: int
     num_stages: int
     is_scaled: bool = False
-    has_all_inputs: bool = False
 
     @property
     def columns(self) -> int:
@@ -61,9 +58,9 @@ _CLASSES: tuple[tuple[int, Int4Config, int, dict[tuple[int, int], Int4Config]], 
         Int4Config(16, 64, 1, 4, 3),
         448,
         {
-            _QKV: Int4Config(8, 16, 1, 4, 3, has_all_inputs=True),
-            _O: Int4Config(8, 16, 1, 4, 4, has_all_inputs=True),
-            _GATE_UP: Int4Config(16, 64, 1, 4, 3),
+            _QKV: Int4Config(16, 64, 4, 4, 3),
+            _O: Int4Config(8, 32, 4, 2, 3),
+            _GATE_UP: Int4Config(8, 32, 1, 2, 3),
             _DOWN: Int4Config(8, 32, 8, 2, 3),
         },
     ),
@@ -73,7 +70,7 @@ _CLASSES: tuple[tuple[int, Int4Config, int, dict[tuple[int, int], Int4Config]], 
         448,
         {
             _QKV: Int4Config(16, 64, 4, 4, 3),
-            _O: Int4Config(16, 16, 1, 4, 3, has_all_inputs=True),
+            _O: Int4Config(16, 64, 8, 4, 3),
             _GATE_UP: Int4Config(16, 64, 1, 4, 3),
             _DOWN: Int4Config(16, 64, 8, 4, 3),
         },

@@ -14,7 +14,7 @@ would, and a step covers COLUMNS = 32 of a tile's 64 columns to keep three stage
 Few tokens leave too few tiles for all multiprocessors, so inputs are split among `split` programs. Each
 writes its sums; the last to arrive adds all in the order of the inputs, so that the result does not depend
 on who that was. Not here: thousands of tokens, for which `Int4Linear` widens the weights into scratch and
-calls cuBLAS, and the few places where `cuda_int4_rows` is faster.
+calls cuBLAS.
 
 Sources: MARLIN (Frantar et al. 2024) for the offline layout and the unpacking; the exponent trick as in
 Kim et al. 2022 ("Who says elephants can't run").
@@ -198,47 +198,6 @@ def _load_x(pointers, is_token, inputs_left, column, dtype: tl.constexpr, EVEN_K
     return tl.load(pointers, mask=mask, other=0.0).to(dtype)
 
 
-@triton.jit
-def _add_products(
-    acc,
-    words,
-    x0,
-    x1,
-    x2,
-    x3,
-    scales,
-    offsets,
-    dtype: tl.constexpr,
-    GROUPED: tl.constexpr,
-    HAS_ZEROS: tl.constexpr,
-    SCALES_BF16: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-):
-    """acc [.., R, M] plus the product of words [.., R, C] and x0 to x3 [.., C, M], the planes of x^T.
-
-    scales, offsets: [.., R] pairs for this step's two groups; unless GROUPED, acc is still to be scaled.
-    """
-    w0, w1, w2, w3 = _planes(words, dtype, ASSEMBLY)
-    if GROUPED:
-        scale_low, scale_high = _scales_of(scales, SCALES_BF16)
-        low = tl.zeros_like(acc)
-        high = tl.zeros_like(acc)
-        if HAS_ZEROS:
-            # (q - zero) x = (q - 8) x + (8 - zero) sum(x); the matrix unit also sums x.
-            ones = tl.full(words.shape, 1.0, tl.float32).to(dtype)
-            offset_low, offset_high = _offsets_of(offsets)
-            low = tl.dot(ones, x1, tl.dot(ones, x0, low)) * tl.expand_dims(offset_low, -1)
-            high = tl.dot(ones, x3, tl.dot(ones, x2, high)) * tl.expand_dims(offset_high, -1)
-        acc += tl.dot(w1, x1, tl.dot(w0, x0, low)) * tl.expand_dims(scale_low, -1)
-        acc += tl.dot(w3, x3, tl.dot(w2, x2, high)) * tl.expand_dims(scale_high, -1)
-    else:
-        acc = tl.dot(w0, x0, acc)
-        acc = tl.dot(w1, x1, acc)
-        acc = tl.dot(w2, x2, acc)
-        acc = tl.dot(w3, x3, acc)
-    return acc
-
-
 @triton.jit(do_not_specialize=["num_tokens", "k_tiles", "split"])
 def int4_linear_kernel(
     x_ptr,  # [num_tokens, num_in], rows x_stride apart
@@ -281,6 +240,7 @@ def int4_linear_kernel(
     first = part * (k_tiles * STEPS) // split
     last = (part + 1) * (k_tiles * STEPS) // split
     acc = tl.zeros([BLOCK_OUT, BLOCK_M], tl.float32)
+    ones = tl.full([BLOCK_OUT, 64], 1.0, tl.float32).to(dtype)
     scales = tl.zeros([BLOCK_OUT], tl.int32)
     offsets = tl.zeros([BLOCK_OUT], tl.int32)
     # Fetched a tile ahead; both tables end with a spare row for that.
@@ -309,18 +269,26 @@ def int4_linear_kernel(
             w0, w1, w2, w3 = _scaled_planes(
                 words, scale_pairs, offset_pairs, dtype, SCALES_BF16, HAS_ZEROS, ASSEMBLY
             )
+        else:
+            w0, w1, w2, w3 = _planes(words, dtype, ASSEMBLY)
+        if GROUPED and not SCALED:
+            scale_low, scale_high = _scales_of(scales, SCALES_BF16)
+            scales = _load_pairs(scales_ptr + (tile + 1) * rows + row, ASSEMBLY)
+            low = tl.zeros([BLOCK_OUT, BLOCK_M], tl.float32)
+            high = tl.zeros([BLOCK_OUT, BLOCK_M], tl.float32)
+            if HAS_ZEROS:
+                # (q - zero) x = (q - 8) x + (8 - zero) sum(x); the matrix unit also sums x.
+                offset_low, offset_high = _offsets_of(offsets)
+                offsets = _load_pairs(offsets_ptr + (tile + 1) * rows + row, ASSEMBLY)
+                low = tl.dot(ones, x1, tl.dot(ones, x0, low)) * offset_low[:, None]
+                high = tl.dot(ones, x3, tl.dot(ones, x2, high)) * offset_high[:, None]
+            acc += tl.dot(w1, x1, tl.dot(w0, x0, low)) * scale_low[:, None]
+            acc += tl.dot(w3, x3, tl.dot(w2, x2, high)) * scale_high[:, None]
+        else:
             acc = tl.dot(w0, x0, acc)
             acc = tl.dot(w1, x1, acc)
             acc = tl.dot(w2, x2, acc)
             acc = tl.dot(w3, x3, acc)
-        else:
-            acc = _add_products(
-                acc, words, x0, x1, x2, x3, scales, offsets, dtype, GROUPED, HAS_ZEROS, SCALES_BF16, ASSEMBLY
-            )  # fmt: skip
-            if GROUPED:
-                scales = _load_pairs(scales_ptr + (tile + 1) * rows + row, ASSEMBLY)
-                if HAS_ZEROS:
-                    offsets = _load_pairs(offsets_ptr + (tile + 1) * rows + row, ASSEMBLY)
     if not GROUPED:
         acc *= tl.load(scales_ptr + row).to(tl.float32)[:, None]
 
