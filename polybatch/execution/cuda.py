@@ -183,8 +183,12 @@ class CudaExecutor:
                 ladder(max_num_seqs), DECODE_VARIANTS, self._run_decode, where,
                 lambda done, total: report("graphs", done, total),
             )  # fmt: skip
+            sizes = mixed_ladder(max_num_tokens)
+            if ranks.size > 1:
+                # Capturing what goes between GPUs takes most of a second for each.
+                sizes = sizes[::-4][::-1]
             self._mixed_graphs = GraphLadder(
-                mixed_ladder(max_num_tokens), MIXED_VARIANTS, self._run_mixed, where,
+                sizes, MIXED_VARIANTS, self._run_mixed, where,
                 lambda done, total: report("graphs of mixed steps", done, total),
             )  # fmt: skip
             if ranks.size == 1:

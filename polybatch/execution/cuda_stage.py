@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 
@@ -69,11 +68,9 @@ class Shared:
     ranks: Ranks
 
     @property
-    def fused(self) -> frozenset[str]:
-        """Products whose adapters may be added where they are read next: nothing comes in between."""
-        if any(set(held.biases) - {"qkv"} for held in self.weights.layers):
-            return frozenset()
-        return frozenset(FUSED if self.ranks.size == 1 else COLUMN_PARALLEL)
+    def can_fuse(self) -> bool:
+        """Whether adapters may be added where a product is read next: nothing comes in between."""
+        return self.ranks.size == 1 and all(set(held.biases) <= {"qkv"} for held in self.weights.layers)
 
 
 @dataclass(slots=True)
@@ -110,7 +107,7 @@ class Stage:
         self, shared: Shared, max_tokens: int, max_seqs: int, max_logits: int, *, wide: bool
     ) -> None:
         self.shared = shared
-        self._wide, self._is_fused = wide, shared.fused == FUSED.keys()
+        self._wide, self._can_fuse = wide, shared.can_fuse
         spec = shared.spec
         self.windows = sorted({spec.window(i) for i in range(spec.num_layers)}, key=lambda w: w or 0)
         self.limits = self.limits_for(max_tokens, max_seqs)
@@ -163,7 +160,7 @@ class Stage:
             templates = shared.adapters.templates
             filled.lora = lora_work.fill(
                 views, segments, templates, shared.lora.shapes, shared.max_h,
-                num_rows=num_rows, wide=self._wide, graph=graph, is_fused=self._is_fused,
+                num_rows=num_rows, wide=self._wide, graph=graph, is_fused=self._can_fuse,
             )  # fmt: skip
         else:
             views["lora_bounds"][:1] = 0
@@ -216,10 +213,11 @@ class StageOperations:
         self._has_wide = has_wide
         self._patched = patched
         self._rescale = rescale
-        self._fused: dict[str, FusedLora] = {}
-        if lora is not None and lora.is_fusable:
-            fused = FusedLora(self._shared.lora, self._shared.adapters.words, stage.fields.on, lora, num_rows)
-            self._fused = dict.fromkeys(self._shared.fused, fused)
+        self._fused: FusedLora | None = None
+        if lora is not None and lora.is_fusable and self._shared.can_fuse:
+            self._fused = FusedLora(
+                self._shared.lora, self._shared.adapters.words, stage.fields.on, lora, num_rows
+            )
         self._exchange = None if self._shared.ranks.size == 1 else self._shared.ranks.reduce
         on = stage.fields.on
         self._positions, self._slots = on["positions"][:num_rows], on["slots"][:num_rows]
@@ -245,10 +243,10 @@ class StageOperations:
         held = shared.weights.layers[layer]
         given = (qkv, self._positions, self._slots, shared.rope, shared.kv[layer])
         bias, eps = held.biases.get("qkv"), spec.rms_norm_eps
-        if (fused := self._fused.get("qkv")) is None:
+        if self._fused is None:
             q = write_kv(*given, bias=bias, q_norm=held.q_norm, k_norm=held.k_norm, eps=eps)
         else:
-            q = fused.write_kv(
+            q = self._fused.write_kv(
                 layer, self._rows(layer), *given, bias=bias, q_norm=held.q_norm, k_norm=held.k_norm, eps=eps
             )
         window = spec.window(layer)
@@ -264,29 +262,30 @@ class StageOperations:
     def product(self, layer: int, name: str, x: torch.Tensor, out: torch.Tensor) -> None:
         shared, ranks = self._shared, self._shared.ranks
         linear = shared.weights.layers[layer].products[name]
-        if self._lora is None:
-            linear.forward(x, out)
-        else:
+        if self._fused is not None and self._lora is not None:
+            shared.lora.shrink_beside(
+                lambda: linear.forward(x, out), GROUP_OF[name], layer, x, self._rows(layer),
+                shared.adapters.words, self._stage.fields.on, self._lora,
+            )  # fmt: skip
+            return
+        linear.forward(x, out)
+        if self._lora is not None:
+            rows = self._rows(layer)
+            words, arrays = shared.adapters.words, self._stage.fields.on
             own_x, own_out = ranks.adapter_columns(name, x, out)
-            given = self._rows(layer), shared.adapters.words, self._stage.fields.on, self._lora
-            if name in self._fused:
-                base = partial(linear.forward, x, out)
-                shared.lora.shrink_beside(base, GROUP_OF[name], layer, own_x, *given)
-                if self._exchange is not None:
-                    self._exchange(shared.lora.h[: self._lora.num_h[0]])
-                return
-            linear.forward(x, out)
-            shared.lora(GROUP_OF[name], layer, own_x, own_out, *given, self._exchange)
+            shared.lora(
+                GROUP_OF[name], layer, own_x, own_out, rows, words, arrays, self._lora, self._exchange
+            )
         if ranks.size > 1 and name not in COLUMN_PARALLEL:
             ranks.reduce(out)
             if self._rescale is not None:
                 self._rescale(layer, name, out)
 
     def activate(self, layer: int, gate_up: torch.Tensor, out: torch.Tensor) -> None:
-        if (fused := self._fused.get("gate_up")) is None:
+        if self._fused is None:
             silu_mul(gate_up, out=out)
         else:
-            fused.silu_mul(layer, self._rows(layer), gate_up, out)
+            self._fused.silu_mul(layer, self._rows(layer), gate_up, out)
 
     def add_norm(
         self,
@@ -299,10 +298,10 @@ class StageOperations:
         rows: torch.Tensor | None = None,
     ) -> None:
         eps = self._shared.spec.rms_norm_eps
-        if (fused := self._fused.get(name)) is None:
+        if self._fused is None:
             rms_norm(x, weight, eps, residual=residual, rows=rows, out=out)
         else:
-            fused.rms_norm(
+            self._fused.rms_norm(
                 GROUP_OF[name], layer, self._rows(layer), x, weight, eps,
                 residual=residual, out=out, rows=rows,
             )  # fmt: skip
