@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import threading
 import time
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -29,13 +27,13 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.scheduling.in_process import clock, open_clock, real_clock, waited_s
 from polybatch import __version__
 from polybatch.bench.meter import machine as this_machine
 from polybatch.bench.random_adapters import write_adapters
 from polybatch.bench.runner import adapter_cache
 from polybatch.engine.calibrate import calibrate
 from polybatch.engine.llm import LLM
-from polybatch.engine.waited import waited_s
 from polybatch.request import SamplingParams
 from polybatch.scheduling.cost_fit import quantile
 from polybatch.scheduling.cost_profile import CostProfile, load_profile, save_profile
@@ -106,28 +104,6 @@ def _trace(name: str, times: Any, prompts: Any, outputs: Any, **columns: list[An
     )  # fmt: skip
 
 
-_wall = time.perf_counter
-_schedstat: int | None = None
-"""The kernel's counts for this thread, in which the engine runs; open, since it is read at every turn."""
-
-
-def clock() -> float:
-    """Seconds in which this thread had the processor that it wanted; 2 us."""
-    if _schedstat is None:
-        return _wall()
-    return _wall() - int(os.pread(_schedstat, 64, 0).split()[1]) / 1e9
-
-
-def open_clock() -> None:
-    """From here on the engine's thread goes by `clock`, where the system counts what a thread waited."""
-    global _schedstat
-    path = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat")
-    if path.exists():
-        _schedstat = os.open(path, os.O_RDONLY)
-    # Calibration and measurement by one clock: the engine times its steps by this one.
-    time.perf_counter = clock
-
-
 def serve(llm: LLM, trace: Trace) -> dict[str, float]:
     """Run a trace on the engine in real time; the numbers that are compared."""
     core = llm.core
@@ -135,7 +111,7 @@ def serve(llm: LLM, trace: Trace) -> dict[str, float]:
     times: dict[str, list[float]] = {r.request_id: [] for r in trace.requests}
     counts = dict.fromkeys(times, 0)
     start, waited_before = clock(), waited_s()
-    began = _wall()
+    began = real_clock()
     pending = list(reversed(trace.requests))
     now = 0.0
     while pending or core.has_work():
@@ -162,7 +138,7 @@ def serve(llm: LLM, trace: Trace) -> dict[str, float]:
         "tpot_p50": float(np.median(tpots)),
         "ttft_p95": float(np.percentile([t[0] - arrival[name] for name, t in times.items()], 95)),
         "tpot_p95": float(np.percentile(tpots, 95)),
-        "waited_share": (waited_s() - waited_before) / (_wall() - began),
+        "waited_share": (waited_s() - waited_before) / (real_clock() - began),
     }
 
 

@@ -24,7 +24,7 @@ from polybatch.scheduling.track import BATCH_PRIORITY
 from polybatch.simulate.engine import EngineSettings, Outcome
 from polybatch.simulate.traces import Trace, TraceRequest
 
-_wall = time.perf_counter
+real_clock = time.perf_counter
 _counts: int | None = None
 """An open file of the kernel's counts for this thread, for it is read at every turn."""
 
@@ -44,7 +44,7 @@ def open_clock() -> None:
 
 def clock() -> float:
     """Seconds in which this thread had the processor that it wanted."""
-    return _wall() - waited_s()
+    return real_clock() - waited_s()
 
 
 def waited_s() -> float:
