@@ -48,8 +48,9 @@ def test_a_file_that_is_no_text_or_far_too_long_is_refused(tmp_path: Path) -> No
 
 
 def test_it_takes_the_place_of_the_checkpoints_and_leaves_that_alone() -> None:
-    theirs = byte_level()
-    theirs.chat_template = "theirs {{ messages[0].content }}"
+    # A copy, for other tests share the one that is kept.
+    theirs = with_template(byte_level(), "theirs {{ messages[0].content }}")
+    assert isinstance(theirs, Tokenizer)
     assert theirs.apply_chat_template(HI) == "theirs hi"
     own = with_template(theirs, OWN)
     assert isinstance(own, Tokenizer)
