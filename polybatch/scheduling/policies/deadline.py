@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from polybatch.memory.arena import Arena
     from polybatch.scheduling.costs import StepCosts
 
-BLEND = 8.0
+BLEND = 12.0
 """A token of prompt puts a request back by so many times what it takes to compute."""
 
 DECODE_SHARE = 0.5
