@@ -163,7 +163,7 @@ class Deadline(Policy):
         given_up, self._given_up = self._given_up, []
         for track in given_up:
             if track.seq.status is SequenceStatus.WAITING and track.due is not None:
-                yield track, _told(track, track.due, now, self.pace)
+                yield track, _told(track, track.due, now, self.pace, self._token_s)
 
     def admitted(self, track: Track, now: float) -> None:
         self._queue.admitted(track)
@@ -206,15 +206,19 @@ class Deadline(Policy):
     def _late_s(self, track: Track) -> float:
         """From when on a waiting track's first token is late even if it starts at once."""
         assert track.due is not None
+        return track.due.first_token_s(self._token_s) - self.pace.prefill_s(track.seq.num_tokens)
+
+    @property
+    def _token_s(self) -> float:
+        """Seconds that a token of output may be counted on to take."""
         pace = self.pace
-        token_s = max(pace.step_s, min(pace.step_s / DECODE_SHARE, pace.full_s))
-        return track.due.first_token_s(token_s) - pace.prefill_s(track.seq.num_tokens)
+        return max(pace.step_s, min(pace.step_s / DECODE_SHARE, pace.full_s))
 
 
-def _told(track: Track, due: Due, now: float, pace: Pace) -> str:
+def _told(track: Track, due: Due, now: float, pace: Pace, token_s: float) -> str:
     needed_s = pace.prefill_s(track.seq.num_tokens)
     return (
-        f"the first token is due {due.first_token_s(pace.step_s) - due.arrival_s:.3g} s after arrival; after "
+        f"the first token is due {due.first_token_s(token_s) - due.arrival_s:.3g} s after arrival; after "
         f"{now - due.arrival_s:.3g} s of waiting it would take at least {needed_s:.3g} s more: allow more "
         "time, or send it when less is to do"
     )
