@@ -65,13 +65,7 @@ class Workload:
 def capacity(machine: Machine) -> dict[str, Any]:
     """The capacity of every way of batching, per workload and limit, on the measured machine."""
     rows = [row for workload in (*data_sets(), *traces()) for row in _search(machine, workload, all_ways)]
-    orderings = [_claims(group) for group in _groups(rows)]
-    return {
-        "claim": CLAIM,
-        "holds": all(all(found["holds"].values()) for found in orderings),
-        "orderings": orderings,
-        "rows": rows,
-    }
+    return _judged(rows)
 
 
 def on_a100(machine: Machine) -> dict[str, Any]:
@@ -80,6 +74,11 @@ def on_a100(machine: Machine) -> dict[str, Any]:
     for label, other in a100_machines(machine).items():
         for workload in data_sets():
             rows += [{"machine": label, **row} for row in _search(other, workload, two_ways)]
+    return _judged(rows)
+
+
+def _judged(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The claim, whether it holds in each group of rows, and the rows."""
     orderings = [_claims(group) for group in _groups(rows)]
     return {
         "claim": CLAIM,
