@@ -117,7 +117,8 @@ def run_both(case):
     scratch = cuda.make_scratch(heads, limits, DEVICE)
     scratch.out.fill_(torch.nan)
     scratch.lse.fill_(torch.nan)
-    out = torch.full((num_tokens + case.padding, q_size), torch.nan, dtype=case.dtype, device=DEVICE)
+    wider = torch.full((num_tokens + case.padding, q_size + 8), torch.nan, dtype=case.dtype, device=DEVICE)
+    out = wider[:, :q_size]
     lse = torch.full((num_tokens + case.padding, heads.num_heads), torch.nan, device=DEVICE)
     on_device = {name: torch.from_numpy(view).to(DEVICE) for name, view in views.items()}
     arena = arena.to(DEVICE)
@@ -133,6 +134,7 @@ def run_both(case):
             max_wide=work.num_wide, is_decode=case.is_decode, num_sms=case.num_sms,
         )  # fmt: skip
     assert not bool(scratch.counters.any())
+    assert bool(wider[:, q_size:].isnan().all())
     cu_tokens = torch.tensor([0, *counts.tolist()]).cumsum(0).int()
     expected = ragged_attention(
         q[:num_tokens], pages, table, cu_tokens, kv_lens,

@@ -111,11 +111,11 @@ def _load_part(
 
 @triton.jit
 def _merge(
-    out_ptr, lse_ptr, partial, partial_lse, first, num_parts, rows, token, head,
+    to, lse_ptr, partial, partial_lse, first, num_parts, rows, token, head,
     H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, HAS_LSE: tl.constexpr, ROWS: tl.constexpr,
     WARPS: tl.constexpr,
 ):  # fmt: skip
-    """Join the parts of the chosen rows."""
+    """Join the parts of the chosen rows. to: out and its stride."""
     # As many columns at a time as leave registers for four parts, each of which is a wait for memory.
     COLUMNS: tl.constexpr = min(D_PAD, WARPS * 512 // ROWS)
     most = tl.max(tl.where(rows, num_parts, 0), 0)
@@ -138,17 +138,18 @@ def _merge(
             acc += out2 * w2[:, None] + out3 * w3[:, None]
             total = total * correction + ((w0 + w1) + (w2 + w3))
             m = top
-        _store(acc, m, total, out_ptr, lse_ptr, rows, token, head, d, H, D, HAS_LSE)
+        _store(acc, m, total, to, lse_ptr, rows, token, head, d, H, D, HAS_LSE)
 
 
 @triton.jit
 def _store(
-    acc, m, total, out_ptr, lse_ptr, rows, token, head, d,
+    acc, m, total, to, lse_ptr, rows, token, head, d,
     H: tl.constexpr, D: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
     """Final results of the chosen rows; one that saw no key is zero, its lse -inf."""
+    out_ptr, out_stride = to
     out = acc / tl.where(total > 0, total, 1.0)[:, None]
-    at = (token.to(tl.int64) * (H * D) + head * D)[:, None] + d[None, :]
+    at = (token.to(tl.int64) * out_stride + head * D)[:, None] + d[None, :]
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=rows[:, None] & (d < D)[None, :])
     if HAS_LSE:
         tl.store(lse_ptr + token * H + head, _log_sum(m, total) * 0.6931471805599453, mask=rows)
@@ -185,7 +186,7 @@ def _parts_of(token, rows, parts):
 
 @triton.jit
 def _run_item(
-    program, q_ptr, q_stride, out_ptr, lse_ptr, pool_ptr, page_stride, table_ptr, table_stride, positions_ptr,
+    program, q_ptr, q_stride, to, lse_ptr, pool_ptr, page_stride, table_ptr, table_stride, positions_ptr,
     num_items, items_ptr, tokens_ptr, parts_ptr, partial_ptr, partial_lse_ptr, counters_ptr, scale,
     H: tl.constexpr, KH: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
     WINDOW: tl.constexpr, HAS_LSE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
@@ -259,11 +260,11 @@ def _run_item(
                 if tl.max(last.to(tl.int32), 0) > 0:
                     tl.store(counter, 0, mask=last)
                     _merge(
-                        out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, first_part, num_parts, last, token,
+                        to, lse_ptr, partial_ptr, partial_lse_ptr, first_part, num_parts, last, token,
                         head, H, D, D_PAD, HAS_LSE, ROWS, WARPS,
                     )  # fmt: skip
         else:
-            _store(acc, m, total, out_ptr, lse_ptr, rows, token, head, d, H, D, HAS_LSE)
+            _store(acc, m, total, to, lse_ptr, rows, token, head, d, H, D, HAS_LSE)
 
 
 # The step's arrays lie anywhere in one buffer: their alignment must not decide what is compiled.
@@ -274,8 +275,9 @@ def _run_item(
     ],
 )  # fmt: skip
 def ragged_attention_kernel(
-    q_ptr, q_stride, out_ptr, lse_ptr, pool_ptr, page_stride, table_ptr, table_stride, positions_ptr,
-    num_items_ptr, items_ptr, tokens_ptr, parts_ptr, partial_ptr, partial_lse_ptr, counters_ptr, scale,
+    q_ptr, q_stride, out_ptr, out_stride, lse_ptr, pool_ptr, page_stride, table_ptr, table_stride,
+    positions_ptr, num_items_ptr, items_ptr, tokens_ptr, parts_ptr, partial_ptr, partial_lse_ptr,
+    counters_ptr, scale,
     H: tl.constexpr, KH: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
     WINDOW: tl.constexpr, HAS_LSE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     START: tl.constexpr, WARPS: tl.constexpr, PREFETCH: tl.constexpr, MERGE_APART: tl.constexpr,
@@ -283,18 +285,19 @@ def ragged_attention_kernel(
 ):  # fmt: skip
     """Grid: room for items of one kind times key-value heads, or any with LOOP. START: see above."""
     program = tl.program_id(0)
+    to = (out_ptr, out_stride)
     num_items = tl.load(num_items_ptr)
     if LOOP:
         for at in range(program, tl.maximum(num_items * KH, 1), tl.num_programs(0)):
             _run_item(
-                at, q_ptr, q_stride, out_ptr, lse_ptr, pool_ptr, page_stride, table_ptr, table_stride,
+                at, q_ptr, q_stride, to, lse_ptr, pool_ptr, page_stride, table_ptr, table_stride,
                 positions_ptr, num_items, items_ptr, tokens_ptr, parts_ptr, partial_ptr, partial_lse_ptr,
                 counters_ptr, scale, H, KH, D, D_PAD, PAGE, WINDOW, HAS_LSE, ROWS, KEYS, START, WARPS,
                 PREFETCH, MERGE_APART,
             )  # fmt: skip
     else:
         _run_item(
-            program, q_ptr, q_stride, out_ptr, lse_ptr, pool_ptr, page_stride, table_ptr, table_stride,
+            program, q_ptr, q_stride, to, lse_ptr, pool_ptr, page_stride, table_ptr, table_stride,
             positions_ptr, num_items, items_ptr, tokens_ptr, parts_ptr, partial_ptr, partial_lse_ptr,
             counters_ptr, scale, H, KH, D, D_PAD, PAGE, WINDOW, HAS_LSE, ROWS, KEYS, START, WARPS, PREFETCH,
             MERGE_APART,
@@ -306,7 +309,7 @@ def ragged_attention_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["parts_ptr"])
 def merge_parts_kernel(
-    out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, parts_ptr, num_rows,
+    out_ptr, out_stride, lse_ptr, partial_ptr, partial_lse_ptr, parts_ptr, num_rows,
     H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, HAS_LSE: tl.constexpr,
     ROWS: tl.constexpr, WARPS: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
@@ -318,8 +321,8 @@ def merge_parts_kernel(
         gdc_wait()
         gdc_launch_dependents()
     _merge(
-        out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, first_part, num_parts, num_parts > 1, token,
-        head, H, D, D_PAD, HAS_LSE, ROWS, WARPS,
+        (out_ptr, out_stride), lse_ptr, partial_ptr, partial_lse_ptr, first_part, num_parts,
+        num_parts > 1, token, head, H, D, D_PAD, HAS_LSE, ROWS, WARPS,
     )  # fmt: skip
 
 
@@ -396,8 +399,8 @@ def ragged_attention(
 ) -> None:
     """Attend the items of a plan; allocates nothing, so a graph can capture it.
 
-    q: [T, H, D], rotated, or a view of rows that lie q.stride(0) apart. out: [T, H * D] contiguous, any
-        float dtype; rows in no item are not written.
+    q: [T, H, D], rotated, or a view of rows that lie q.stride(0) apart. out: [T, H * D], any float
+        dtype, rows may be strided; those in no item are not written.
     kv_pages: [num_pages, at least 2 * KH * page_size * D], one layer's pages, contiguous within a page,
         as [2, KH, page_size, D] with keys first.
     page_table: [S, P] int32. positions: [T] int32. work: the arrays of `work.arrays` on the device.
@@ -430,9 +433,9 @@ def ragged_attention(
         if is_looped and num_sms is not None:
             num_programs = min(num_programs, num_sms)
         ragged_attention_kernel[(num_programs,)](
-            q, q.stride(0), out, lse, kv_pages, kv_pages.stride(0), page_table, page_table.stride(0),
-            positions, work["attention_num_items"][index:], work[items], work["attention_tokens"],
-            work["attention_parts"], scratch.out, scratch.lse, scratch.counters, scale * LOG2_E,
+            q, q.stride(0), out, out.stride(0), lse, kv_pages, kv_pages.stride(0), page_table,
+            page_table.stride(0), positions, work["attention_num_items"][index:], work[items],
+            work["attention_tokens"], work["attention_parts"], scratch.out, scratch.lse, scratch.counters, scale * LOG2_E,
             **sizes, KH=heads.num_kv_heads, PAGE=page_size, WINDOW=window or 0, ROWS=tile.rows,
             KEYS=tile.keys, START=start.value, WARPS=tile.num_warps, PREFETCH=tile.prefetch,
             MERGE_APART=merge_apart, LOOP=is_looped, launch_pdl=is_dependent, num_warps=tile.num_warps,
@@ -441,7 +444,7 @@ def ragged_attention(
     if merge_apart:
         num_rows = q.shape[0] * heads.num_heads
         merge_parts_kernel[(triton.cdiv(num_rows, MERGE_ROWS),)](
-            out, lse, scratch.out, scratch.lse, work["attention_parts"], num_rows, **sizes,
+            out, out.stride(0), lse, scratch.out, scratch.lse, work["attention_parts"], num_rows, **sizes,
             ROWS=MERGE_ROWS, WARPS=MERGE_WARPS, START=first.value, launch_pdl=is_dependent,
             num_warps=MERGE_WARPS,
         )  # fmt: skip
