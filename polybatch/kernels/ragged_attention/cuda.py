@@ -435,8 +435,8 @@ def ragged_attention(
         ragged_attention_kernel[(num_programs,)](
             q, q.stride(0), out, out.stride(0), lse, kv_pages, kv_pages.stride(0), page_table,
             page_table.stride(0), positions, work["attention_num_items"][index:], work[items],
-            work["attention_tokens"], work["attention_parts"], scratch.out, scratch.lse, scratch.counters, scale * LOG2_E,
-            **sizes, KH=heads.num_kv_heads, PAGE=page_size, WINDOW=window or 0, ROWS=tile.rows,
+            work["attention_tokens"], work["attention_parts"], scratch.out, scratch.lse, scratch.counters,
+            scale * LOG2_E, **sizes, KH=heads.num_kv_heads, PAGE=page_size, WINDOW=window or 0, ROWS=tile.rows,
             KEYS=tile.keys, START=start.value, WARPS=tile.num_warps, PREFETCH=tile.prefetch,
             MERGE_APART=merge_apart, LOOP=is_looped, launch_pdl=is_dependent, num_warps=tile.num_warps,
             num_stages=tile.num_stages, maxnreg=None if window else tile.max_registers,
