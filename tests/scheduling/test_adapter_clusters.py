@@ -1,4 +1,7 @@
-"""Admission by adapter: the whole queue is in view, and nobody at its head is passed over for ever."""
+"""Admission by adapter: the whole queue is in view, and nobody at its head is passed over for ever.
+
+A request that n others precede is admitted among the first (n + 1) * (MAX_PASSED + 1), so nobody starves.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +26,22 @@ def requests_of(num: int, num_adapters: int, seed: int) -> list[Request]:
 
 def run(requests: list[Request], cluster: int | None) -> tuple[float, list[str]]:
     """Distinct adapters per step, and names in the order of admission."""
-    config = SchedulerConfig(max_num_seqs=8, adapter_cluster=cluster, enable_prefix_caching=False)
-    driver = Driver(config, pool_of(400, 16))
+    driver = driver_of(cluster)
     for request in requests:
         driver.add(request)
-    admitted: dict[str, None] = {}
     while driver.scheduler.has_work:
         driver.step()
-        admitted |= dict.fromkeys(chunk.seq.request.request_id for chunk in driver.plans[-1].chunks)
-    return sum(len(plan.resident) for plan in driver.plans) / len(driver.plans), list(admitted)
+    return sum(len(plan.resident) for plan in driver.plans) / len(driver.plans), admitted_by(driver)
+
+
+def driver_of(cluster: int | None, num_rows: int = 8) -> Driver:
+    config = SchedulerConfig(max_num_seqs=num_rows, adapter_cluster=cluster, enable_prefix_caching=False)
+    return Driver(config, pool_of(400, 16))
+
+
+def admitted_by(driver: Driver) -> list[str]:
+    """Names in the order of admission."""
+    return list(dict.fromkeys(chunk.seq.request.request_id for plan in driver.plans for chunk in plan.chunks))
 
 
 def test_those_who_share_an_adapter_are_found_however_deep_in_the_queue() -> None:
@@ -41,6 +51,41 @@ def test_those_who_share_an_adapter_are_found_however_deep_in_the_queue() -> Non
     assert sorted(admitted) == sorted(request.request_id for request in requests)
     # Ten requests share each: a queue of 600 has them 60 apart, beyond what a look at its head would see.
     assert together < 0.4 * apart
+
+
+def test_slots_go_to_the_adapter_that_most_of_the_waiting_share() -> None:
+    driver = driver_of(1, num_rows=4)
+    driver.add(request_of("long", 4, 60, adapter=adapter_of("a")))
+    driver.step()
+    for name in ("b0", "c0", "d0", "c1", "d1", "d2"):
+        driver.add(request_of(name, 4, 2, adapter=adapter_of(name[0])))
+    while driver.scheduler.has_work:
+        driver.step()
+    assert admitted_by(driver) == ["long", "d0", "d1", "d2", "c0", "c1", "b0"]
+
+
+@settings(max_examples=20, deadline=None)
+@given(num=st.integers(1, 80), cluster=st.integers(1, 4), seed=st.integers(0, 1000))
+def test_where_no_two_share_an_adapter_nobody_is_passed_over(num: int, cluster: int, seed: int) -> None:
+    rng = random.Random(seed)
+    requests = [request_of(f"r{i}", 4, rng.randint(2, 8), adapter=adapter_of(f"a{i}")) for i in range(num)]
+    _, admitted = run(requests, cluster)
+    assert admitted == [request.request_id for request in requests]
+
+
+@settings(max_examples=20, deadline=None)
+@given(num_adapters=st.integers(1, 12), cluster=st.integers(1, 3), seed=st.integers(0, 1000))
+def test_where_nobody_waits_nothing_changes(num_adapters: int, cluster: int, seed: int) -> None:
+    plans = []
+    for width in (None, cluster):
+        driver = driver_of(width)
+        for request in requests_of(60, num_adapters, seed):
+            while driver.scheduler.stats().num_running == 8:
+                driver.step()
+            driver.add(request)
+            driver.step()
+        plans.append([[(c.seq.request.request_id, c.start, c.n_new) for c in p.chunks] for p in driver.plans])
+    assert plans[0] == plans[1]
 
 
 @settings(max_examples=10, deadline=None)
@@ -57,3 +102,5 @@ def test_whoever_is_first_is_passed_over_so_many_times_at_most(
         waiting.remove(name)
         # The step that takes a bound's last also shows others that it admitted.
         assert num_passed <= MAX_PASSED + 8
+    for place, name in enumerate(admitted):
+        assert place < (int(name[1:]) + 1) * (MAX_PASSED + 1) + 8
