@@ -81,6 +81,7 @@ class EngineCore:
         costs: OnlineCost | None = None,
     ) -> None:
         self.executor, self.scheduler = executor, scheduler
+        self._ahead = executor if isinstance(executor, AheadExecutor) else None
         self.tokenizer, self.store = tokenizer, store
         self.door = Door(executor.spec, max_model_len, tokenizer, store, seed, clock)
         self.times = StepTimes()
@@ -212,6 +213,11 @@ class EngineCore:
         return self._finished.pop()
 
     @property
+    def can_work_ahead(self) -> bool:
+        """Whether `step` may return while the device still works."""
+        return self._ahead is not None
+
+    @property
     def is_ahead(self) -> bool:
         """Whether a step is on its way whose tokens have not been taken in."""
         return self._flight is not None
@@ -272,14 +278,14 @@ class EngineCore:
         adapters = self._adapters(plan)
         picked, rows = self._rows_to_sample(plan, now)
         flight = Flight(plan, picked, rows)
-        executor = self.executor
-        if isinstance(executor, AheadExecutor):
+        ahead = self._ahead
+        if ahead is not None:
             states = [completion.sampling for completion in picked]
             is_scored = any(chunk.logits is LogitRows.ALL for chunk in plan.chunks)
-            if not is_scored and all(executor.can_sample(state) for state in states):
-                flight.launch = executor.launch(plan, adapters, rows, states)
+            if not is_scored and all(ahead.can_sample(state) for state in states):
+                flight.launch = ahead.launch(plan, adapters, rows, states)
                 return flight
-        flight.logits = executor.forward(plan, adapters)
+        flight.logits = self.executor.forward(plan, adapters)
         return flight
 
     def _expect(self, flight: Flight, started: float) -> None:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import logging
 import time
-from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-import numpy as np
+import msgspec
 
 from polybatch.config import ModelSpec
 from polybatch.engine.ports import AdapterSource, TextTokenizer
@@ -50,6 +49,7 @@ class Door:
         self._tokenizer, self._adapters = tokenizer, adapters
         self._seed, self._clock = seed, clock
         self._num_requests = 0
+        self._prompt_type: Any = tuple[Annotated[int, msgspec.Meta(ge=0, lt=spec.vocab_size)], ...]
         if tokenizer is not None and tokenizer.vocab_size > spec.vocab_size:
             # Often a padding token that nobody sends, so no reason to refuse the model.
             logger.warning(
@@ -83,7 +83,7 @@ class Door:
         params = params or SamplingParams()
         text = prompt if isinstance(prompt, str) else None
         ids = self._text().encode(prompt, add_special_tokens) if isinstance(prompt, str) else prompt
-        check_prompt(ids, self.spec.vocab_size, self.max_model_len)
+        token_ids = self._token_ids(ids)
         check_vocabulary("logit_bias", params.logit_bias, self.spec.vocab_size)
         check_vocabulary("stop_token_ids", params.stop_token_ids, self.spec.vocab_size)
         if params.stop and self._tokenizer is None:
@@ -91,7 +91,7 @@ class Door:
                 f"stop is {list(params.stop)}, but this model has no tokenizer: use stop_token_ids",
                 field="stop",
             )
-        max_tokens = resolve_max_tokens(len(ids), params, self.max_model_len)
+        max_tokens = resolve_max_tokens(len(token_ids), params, self.max_model_len)
         stop_ids = frozenset(params.stop_token_ids)
         if params.structured is not None:
             self._check_structured(params.structured)
@@ -102,7 +102,7 @@ class Door:
         self._num_requests += 1
         return Request(
             request_id=request_id,
-            prompt_token_ids=tuple(ids),
+            prompt_token_ids=token_ids,
             params=params,
             max_tokens=max_tokens,
             seed=seed,
@@ -145,6 +145,17 @@ class Door:
             return mixed_ref(choice, self._adapters.get)
         return self._adapters.get(choice)
 
+    def _token_ids(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """A prompt's tokens, checked. Raises RequestError."""
+        check_length(ids, self.max_model_len)
+        try:
+            # Prompts are long: types, extremes and the copy take one pass, outside of Python.
+            token_ids: tuple[int, ...] = msgspec.convert(ids, self._prompt_type)
+        except msgspec.ValidationError:
+            check_tokens(ids, self.spec.vocab_size)
+            return tuple(map(int, ids))
+        return token_ids
+
     def _text(self) -> TextTokenizer:
         if self._tokenizer is None:
             raise RequestError(
@@ -153,8 +164,8 @@ class Door:
         return self._tokenizer
 
 
-def check_prompt(token_ids: Sequence[int], vocab_size: int, max_model_len: int) -> None:
-    """Raise RequestError unless the prompt has tokens, all known, and leaves room for one more."""
+def check_length(token_ids: Sequence[int], max_model_len: int) -> None:
+    """Raise RequestError unless the prompt is a list with tokens in it and leaves room for one more."""
     if not isinstance(token_ids, (list, tuple)):
         kind = type(token_ids).__name__
         raise RequestError(f"prompt is a {kind}; it must be text or a list of token ids", field="prompt")
@@ -166,17 +177,14 @@ def check_prompt(token_ids: Sequence[int], vocab_size: int, max_model_len: int) 
             "for one more: shorten the prompt or raise max_model_len",
             field="prompt",
         )
-    # Prompts are long: what is right goes through without a loop in Python.
-    if set(map(type, token_ids)) != {int}:
-        for token in token_ids:
-            if not isinstance(token, int) or isinstance(token, bool):
-                raise RequestError(f"prompt holds {token!r}; token ids are integers", field="prompt")
-    try:
-        values = np.frombuffer(array("i", token_ids), np.int32)
-        extremes = int(values.min()), int(values.max())
-    except OverflowError:
-        extremes = min(token_ids), max(token_ids)
-    check_vocabulary("prompt", extremes, vocab_size)
+
+
+def check_tokens(token_ids: Sequence[int], vocab_size: int) -> None:
+    """Raise RequestError unless all of the prompt's tokens, at least one, are integers of the vocabulary."""
+    for token in token_ids:
+        if not isinstance(token, int) or isinstance(token, bool):
+            raise RequestError(f"prompt holds {token!r}; token ids are integers", field="prompt")
+    check_vocabulary("prompt", (min(token_ids), max(token_ids)), vocab_size)
 
 
 def check_vocabulary(field: str, ids: Iterable[int], vocab_size: int) -> None:

@@ -5,13 +5,17 @@ of them, a pause of about a tenth of a second in the midst of steps of ten milli
 never looked at; reference counts free them as ever.
 
 Python freezes all or nothing, so of several engines in a process the last one gives the heap back.
+
+Prompts are put in with the collector paused (`collector_paused`): it would look at each of their tokens, more
+than once, before the device has anything to do.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 _lock = threading.Lock()
 _users: set[object] = set()
@@ -37,3 +41,18 @@ def freeze_heap() -> Callable[[], None]:
                     gc.unfreeze()
 
     return thaw
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """Let the cycle collector wait, where what is made lives on, so that looking through it frees nothing.
+
+    Where somebody paused it already it stays so.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

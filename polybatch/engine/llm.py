@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,7 +23,7 @@ from polybatch.engine.config import EngineConfig, ResolvedConfig, adapter_bytes,
 from polybatch.engine.core import EngineCore
 from polybatch.engine.cost_files import cost_key, costs_for
 from polybatch.engine.executors import build_executor, settle
-from polybatch.engine.heap import freeze_heap
+from polybatch.engine.heap import collector_paused, freeze_heap
 from polybatch.engine.ports import TextTokenizer
 from polybatch.engine.stats import EngineStats
 from polybatch.errors import ConfigError, EngineError, RequestError
@@ -162,8 +163,7 @@ class LLM:
         Raises RequestError, before anything runs, that says which of several prompts is at fault.
         EngineError if a step fails. Nothing stays in the engine then, nor after an interrupt.
         """
-        listed = _as_prompts(prompts)
-        return self._run(self._prepare(listed, sampling_params, adapter, priority), progress)
+        return self._run(_as_prompts(prompts), sampling_params, adapter, priority, progress)
 
     def chat(
         self,
@@ -182,11 +182,10 @@ class LLM:
         is_one = bool(conversations) and isinstance(conversations[0], Mapping)
         listed: Sequence[Any] = [conversations] if is_one else conversations
         texts = []
-        for index, messages in enumerate(listed):
-            with _naming(index, len(listed)):
+        with _naming(len(listed)) as at:
+            for at.index, messages in enumerate(listed):
                 texts.append(self.core.door.render_chat(messages, **(chat_template_kwargs or {})))
-        requests = self._prepare(texts, sampling_params, adapter, priority, add_special_tokens=False)
-        return self._run(requests, progress)
+        return self._run(texts, sampling_params, adapter, priority, progress, add_special_tokens=False)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, adapter: AdapterChoice = None
@@ -251,19 +250,31 @@ class LLM:
         if len(prompts) > 1 and self.core.scheduler.is_planning:
             priorities = [BATCH_PRIORITY] * len(prompts)
         requests = []
-        for index, prompt in enumerate(prompts):
-            with _naming(index, len(prompts)):
+        with _naming(len(prompts)) as at:
+            for at.index, prompt in enumerate(prompts):
                 request = self.core.door.prepare(
-                    f"llm-{self._num_requests}", prompt, params[index], adapters[index],
-                    priority=priorities[index], add_special_tokens=add_special_tokens,
+                    f"llm-{self._num_requests}", prompt, params[at.index], adapters[at.index],
+                    priority=priorities[at.index], add_special_tokens=add_special_tokens,
                 )  # fmt: skip
-            self._num_requests += 1
-            requests.append(request)
+                self._num_requests += 1
+                requests.append(request)
         return requests
 
-    def _run(self, requests: Sequence[Request], progress: bool) -> list[RequestOutput]:
+    def _run(
+        self,
+        prompts: Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        adapter: Adapters,
+        priority: int | Sequence[int],
+        progress: bool,
+        add_special_tokens: bool = True,
+    ) -> list[RequestOutput]:
         done: list[RequestOutput] = []
-        with self._open(requests, done, is_streamed=False), _bar(len(requests), progress) as show:
+        with contextlib.ExitStack() as stack:
+            with collector_paused():
+                requests = self._prepare(prompts, sampling_params, adapter, priority, add_special_tokens)
+                stack.enter_context(self._open(requests, done, is_streamed=False))
+            show = stack.enter_context(_bar(len(requests), progress))
             while len(done) < len(requests):
                 self._step()
                 show(len(done))
@@ -286,18 +297,26 @@ class LLM:
     def _open(
         self, requests: Sequence[Request], box: list[RequestOutput], is_streamed: bool
     ) -> Iterator[None]:
-        """Have the outputs of requests put in a box; on the way out none of them stays in the engine."""
-        ids = [request.request_id for request in requests]
+        """Have the outputs of requests put in a box; on the way out none of them stays in the engine.
+
+        On a device that works apart from Python the first step is started as soon as there is enough for it.
+        """
+        scheduler = self.core.scheduler
+        num_first = scheduler.num_to_begin(requests) if self.core.can_work_ahead else len(requests)
         try:
-            for index, request in enumerate(requests):
-                with _naming(index, len(requests)):
+            with _naming(len(requests)) as at:
+                for at.index in range(num_first, len(requests)):
+                    scheduler.check_request(requests[at.index])
+                for at.index, request in enumerate(requests):
+                    if at.index == num_first:
+                        self._step()
                     self.core.submit(request, stream=is_streamed)
-                self._boxes[request.request_id] = box
+                    self._boxes[request.request_id] = box
             yield
         finally:
-            for request_id in ids:
-                self.core.abort(request_id)
-                self._boxes.pop(request_id, None)
+            for request in requests:
+                self.core.abort(request.request_id)
+                self._boxes.pop(request.request_id, None)
 
     def _step(self) -> None:
         """One step for all open calls; a stream may be read while `generate` is called in its loop."""
@@ -343,15 +362,23 @@ def _spread(name: str, value: Any, count: int, kinds: tuple[type, ...]) -> Seque
     return value
 
 
+@dataclass(slots=True)
+class _Place:
+    """Which of several prompts it is about."""
+
+    index: int = 0
+
+
 @contextlib.contextmanager
-def _naming(index: int, count: int) -> Iterator[None]:
-    """Say in a RequestError which of several prompts it is about."""
+def _naming(count: int) -> Iterator[_Place]:
+    """Say in a RequestError which of several prompts it is about: the one whose index was set last."""
+    at = _Place()
     try:
-        yield
+        yield at
     except RequestError as error:
         if count == 1:
             raise
-        raise RequestError(f"prompt {index} of {count}: {error}", field=error.field) from error
+        raise RequestError(f"prompt {at.index} of {count}: {error}", field=error.field) from error
 
 
 @contextlib.contextmanager

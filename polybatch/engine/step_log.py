@@ -193,7 +193,7 @@ class StepLog:
         request, notes = progress.request, self._notes[progress.request.request_id]
         seqs = [completion.seq for completion in progress.completions]
         due, answer = progress.deadlines, progress.answer
-        outcome = asdict(progress.attainment())
+        outcome = {} if due is None else asdict(progress.attainment())
         return RequestTrace(
             request.request_id,
             request.tenant,

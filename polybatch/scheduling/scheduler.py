@@ -19,12 +19,14 @@ late. Pages freed meanwhile may be handed out at once where the device works in 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
 
 from polybatch.config import PoolSpec, SchedulerConfig
 from polybatch.errors import ConfigError, DeadlineError, EngineError, RequestError
 from polybatch.memory.arena import Arena
 from polybatch.request import AdapterRef, Deadlines, FinishReason, Request, Sequence
 from polybatch.scheduling.admission import Admission
+from polybatch.scheduling.composer import PREFETCH_DEPTH
 from polybatch.scheduling.costs import StepCosts
 from polybatch.scheduling.deadlines import deadlines_of
 from polybatch.scheduling.forecast import AdmissionAnswer, Forecast, told
@@ -83,6 +85,29 @@ class Scheduler:
     def is_planning(self) -> bool:
         """Whether rows of batches are worth having all at once; see `Policy`."""
         return self._policy.is_planning
+
+    def num_to_begin(self, requests: SequenceOf[Request]) -> int:
+        """How many of these requests to add before the next plan, if the others are added right after it.
+
+        As many as have a step's tokens or take all slots, and some whose adapters are prefetched: the plan is
+        the same, but for prefixes that they share. All of them where those that are left might have gone
+        first, might be refused for who waits (refuse_late), or are mixtures, of unknown size as yet.
+        """
+        config = self._config
+        is_any_order = not self._policy.is_by_arrival or config.adapter_cluster is not None
+        is_mixed = any(request.adapter is not None and request.adapter.parts for request in requests)
+        priorities = {request.priority for request in requests}
+        if is_any_order or is_mixed or config.service.refuse_late or len(priorities) > 1:
+            return len(requests)
+        count = num_tokens = 0
+        while count < min(len(requests), config.max_num_seqs) and num_tokens < config.max_num_batched_tokens:
+            num_tokens += len(requests[count].prompt_token_ids)
+            count += 1
+        return min(len(requests), count + PREFETCH_DEPTH)
+
+    def check_request(self, request: Request) -> None:
+        """Raise RequestError if a request could not be served even alone."""
+        self._admission.max_pages(request)
 
     def live(self) -> Iterable[Sequence]:
         """All sequences that wait or run, in the order they came."""

@@ -35,6 +35,8 @@ class Policy:
     summary: ClassVar[str] = "first come, first served"
     is_paced: ClassVar[bool] = False
     """Whether it looks at `pace`, which is else kept only where there is a cost model."""
+    is_by_arrival: ClassVar[bool] = False
+    """Whether, of equal priority, who came first goes first, so that later ones change nothing for it."""
     is_planning: ClassVar[bool] = False
     """Whether it looks at all rows of batches that wait, so that more of them are worth having at once."""
 

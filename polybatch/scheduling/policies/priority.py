@@ -13,6 +13,7 @@ class Priority(Policy):
     """The order of the numbers that requests carry; rows of batches have the largest."""
 
     summary: ClassVar[str] = "lower numbers first"
+    is_by_arrival: ClassVar[bool] = True
 
     def key(self, request: Request, order: int, now: float) -> Key:
         return (request.priority, order)
