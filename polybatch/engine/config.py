@@ -106,6 +106,10 @@ class EngineConfig:
             raise ConfigError(f"seed is {self.seed!r}; it must be an integer")
         if self.threads is not None and (not isinstance(self.threads, int) or self.threads < 1):
             raise ConfigError(f"threads is {self.threads!r}; it must be a positive integer or None")
+        for name in ("max_model_len", "max_num_batched_tokens", "max_num_seqs"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ConfigError(f"{name} is {value!r}; it must be a positive integer")
         size = self.tensor_parallel_size
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ConfigError(f"tensor_parallel_size is {size!r}; it must be a positive number of GPUs")
@@ -161,7 +165,8 @@ def resolve(
     page_bytes: of one page in one layer, at the dtype that `resolve_dtype` gives.
     available_bytes: memory that is free on the machine. adapter_bytes: what the adapters known now would
     take; a pool sized for sequences alone would have them crowd each other out.
-    Raises ConfigError if the pool cannot hold one sequence, or max_model_len exceeds the model's.
+    Raises ConfigError for what the executor does not know, a pool that cannot hold one sequence or does not
+    fit, and a max_model_len beyond the model's.
     """
     if config.max_model_len is not None and config.max_model_len > spec.max_position:
         raise ConfigError(
@@ -169,28 +174,8 @@ def resolve(
             "positions: lower max_model_len"
         )
     wanted_len = config.max_model_len or spec.max_position
+    check_executor(config)
     executor = executor_name(config)
-    if executor != "cuda" and config.dtype not in ("auto", *DTYPES):
-        raise ConfigError(
-            f"dtype is {config.dtype!r}; the {executor} executor knows {', '.join(DTYPES)}: use one of these "
-            "or device 'cuda'"
-        )
-    known = CUDA_QUANTIZATIONS if executor == "cuda" else QUANTIZATIONS
-    if config.quantization not in known:
-        raise ConfigError(
-            f"quantization is {config.quantization!r}; the {executor} executor knows "
-            f"{', '.join(map(repr, known))}"
-        )
-    if config.tensor_parallel_size > 1 and executor != "cuda":
-        raise ConfigError(
-            f"tensor_parallel_size is {config.tensor_parallel_size}; the {executor} executor has one device: "
-            "use it with device 'cuda', or leave it at 1"
-        )
-    if config.gpu_memory_utilization is not None and executor != "cuda":
-        raise ConfigError(
-            f"gpu_memory_utilization is {config.gpu_memory_utilization:g}, and the {executor} executor "
-            "uses no GPU: leave it out, or give memory instead"
-        )
     pages_per_seq = -(-wanted_len // PAGE_SIZE)
     all_layers = page_bytes * spec.num_layers
     if config.memory is None:
@@ -203,13 +188,21 @@ def resolve(
             reserve_pages = int((1 - CACHE_SHARE) * num_pages)
     else:
         num_pages = parse_bytes(config.memory) // all_layers
-        if executor == "cuda" and num_pages * all_layers > available_bytes:
-            raise ConfigError(
-                f"memory is {config.memory!r}, but beside weights and buffers the GPU has room for pages of "
-                f"{available_bytes:,} bytes: lower memory, or leave it out to take all of that"
+        if num_pages * all_layers > available_bytes:
+            room = (
+                f"beside weights and buffers the GPU has room for pages of {available_bytes:,} bytes: lower "
+                "memory, or leave it out to take all of that"
+                if executor == "cuda"
+                else f"only {available_bytes:,} bytes are free on this machine: lower memory"
             )
+            raise ConfigError(f"memory is {config.memory!r}, but {room}")
         reserve_pages = 0
-    if num_pages < 2 or (config.max_model_len is not None and num_pages < pages_per_seq):
+    if num_pages < 2:
+        raise ConfigError(
+            f"memory for the page pool is {num_pages} pages of {all_layers:,} bytes and {PAGE_SIZE} tokens "
+            "each; two are the least: raise memory"
+        )
+    if config.max_model_len is not None and num_pages < pages_per_seq:
         raise ConfigError(
             f"memory for the page pool is {num_pages * all_layers:,} bytes, which hold "
             f"{num_pages * PAGE_SIZE:,} tokens; one sequence of max_model_len {wanted_len:,} needs "
@@ -237,6 +230,32 @@ def resolve(
         ),
         tensor_parallel_size=config.tensor_parallel_size,
     )
+
+
+def check_executor(config: EngineConfig) -> None:
+    """Raise ConfigError for a setting that the executor chosen does not know."""
+    executor = executor_name(config)
+    if executor != "cuda" and config.dtype not in ("auto", *DTYPES):
+        raise ConfigError(
+            f"dtype is {config.dtype!r}; the {executor} executor knows {', '.join(DTYPES)}: use one of these "
+            "or device 'cuda'"
+        )
+    known = CUDA_QUANTIZATIONS if executor == "cuda" else QUANTIZATIONS
+    if config.quantization not in known:
+        raise ConfigError(
+            f"quantization is {config.quantization!r}; the {executor} executor knows "
+            f"{', '.join(map(repr, known))}"
+        )
+    if config.tensor_parallel_size > 1 and executor != "cuda":
+        raise ConfigError(
+            f"tensor_parallel_size is {config.tensor_parallel_size}; the {executor} executor has one device: "
+            "use it with device 'cuda', or leave it at 1"
+        )
+    if config.gpu_memory_utilization is not None and executor != "cuda":
+        raise ConfigError(
+            f"gpu_memory_utilization is {config.gpu_memory_utilization:g}, and the {executor} executor "
+            "uses no GPU: leave it out, or give memory instead"
+        )
 
 
 def adapter_bytes(paths: Iterable[str | Path], dtype: str) -> int:

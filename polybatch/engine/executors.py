@@ -16,6 +16,7 @@ from polybatch.engine.config import (
     EngineConfig,
     ResolvedConfig,
     available_memory,
+    check_executor,
     executor_name,
     prefill_tokens,
     resolve,
@@ -38,6 +39,7 @@ def settle(config: EngineConfig, spec: ModelSpec, adapter_bytes: int = 0) -> Res
         raise ConfigError(
             "device is 'cuda', but torch finds no GPU: use device='cpu', executor='cpu' or 'auto'"
         )
+    check_executor(config)
     if executor_name(config) == "cuda":
         from polybatch.execution.cuda_memory import pool_bytes
         from polybatch.execution.ranks import RESERVE_BYTES

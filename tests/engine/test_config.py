@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from polybatch.engine.config import EngineConfig, adapter_bytes, available_memory, parse_bytes, resolve
+from polybatch.engine.executors import settle
 from polybatch.errors import ConfigError
 from polybatch.execution.fake import fake_spec
 
@@ -95,6 +96,21 @@ def test_a_pool_larger_than_what_a_gpu_has_left_is_refused_before_it_is_taken() 
         resolved(available=4 * GIB, device="cuda", memory="5GiB")
 
 
+def test_a_pool_larger_than_the_free_memory_is_refused_before_it_is_taken() -> None:
+    with pytest.raises(ConfigError, match=r"memory is '5GiB', but only 4,294,967,296 bytes are free"):
+        resolved(available=4 * GIB, memory="5GiB")
+
+
+def test_a_pool_of_less_than_two_pages_is_refused_by_the_size_of_a_page() -> None:
+    with pytest.raises(ConfigError, match=r"1 pages of 1,024 bytes and 16 tokens each; two are the least"):
+        resolved(memory=1024)
+
+
+def test_what_an_executor_does_not_know_is_refused_before_its_pages_are_sized() -> None:
+    with pytest.raises(ConfigError, match="the cpu executor knows float32, bfloat16"):
+        settle(EngineConfig(dtype="float16", device="cpu"), fake_spec())
+
+
 def test_auto_means_bfloat16_on_the_compiled_cpu_executor() -> None:
     config = resolved()
     assert (config.dtype, config.device, config.executor) == ("bfloat16", "cpu", "cpu")
@@ -112,18 +128,15 @@ def test_auto_means_bfloat16_on_the_compiled_cpu_executor() -> None:
         ({"seed": "x"}, "integer"),
         ({"threads": 0}, "positive integer or None"),
         ({"memory": "lots"}, "2GiB"),
+        ({"max_model_len": 0}, "positive integer"),
+        ({"max_num_batched_tokens": True}, "positive integer"),
+        ({"max_num_seqs": -3}, "positive integer"),
     ],
 )
 def test_impossible_settings_are_refused_by_name(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         EngineConfig(**settings)
     assert next(iter(settings)) in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["max_num_seqs", "max_num_batched_tokens"])
-def test_limits_must_be_positive(name: str) -> None:
-    with pytest.raises(ConfigError, match=name):
-        resolved(**{name: 0}, memory=GIB, max_model_len=100)
 
 
 def test_available_memory_is_positive() -> None:
