@@ -3,6 +3,10 @@
 One thread submits and steps, as the engine's own process would: a request that arrives during a step is
 submitted after it, and its waiting counts from its arrival. When the time is up, what still runs is aborted,
 so that overload shows as throughput and waiting and not as a long drain.
+
+What is counted begins after a warm-up. Throughput with many adapters means something once the working set is
+saturated: all rows taken, and taken over from the first ones by others. The first is so from `queued_from_s`
+on, the second some lifetimes of a request later; thirds of the window tell whether it still changes.
 """
 
 from __future__ import annotations
@@ -11,14 +15,18 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from benchmarks.cuda.workloads import TimedRequest
 from polybatch.engine.core import EngineCore
 from polybatch.errors import EngineError
-from polybatch.request import RequestOutput, SamplingParams
+from polybatch.request import RequestOutput, SamplingParams, SequenceStatus
 
 SLO_S = 6.0
 """First token within this time, as in S-LoRA's experiments."""
+
+SAMPLE_S = 0.5
+"""Between two looks at what runs and waits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +36,9 @@ class Served:
     out_tok_s: tokens of all requests over the window. req_s: requests that finished in it. TTFT: of requests
     that arrived in it; who has no token at the end counts with what it has waited, so overload cannot hide.
     attainment: share of those with a first token within SLO_S. num_loads: adapters copied to the device.
+    rows, adapters: that ran, and distinct ones of them, on the average. num_waiting: at the end.
+    queued_from_s: since when, from the start of the traffic, requests always waited; None if none did at the
+    end. out_tok_s_thirds: of the window; empty where it is too short for samples of all three.
     """
 
     window_s: float
@@ -42,6 +53,23 @@ class Served:
     attainment: float
     num_loads: int
     num_preemptions: int
+    num_steps: int
+    rows: float
+    adapters: float
+    num_waiting: int
+    queued_from_s: float | None
+    out_tok_s_thirds: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """What was so at a moment, in seconds from the start: sequences by state, adapters, tokens so far."""
+
+    at_s: float
+    num_rows: int
+    num_adapters: int
+    num_waiting: int
+    num_output_tokens: int
 
 
 def replay(
@@ -63,10 +91,13 @@ def replay(
     live: dict[str, TimedRequest] = {}
     ended: list[tuple[TimedRequest, RequestOutput]] = []
     before = None
+    samples: list[_Sample] = []
     position = 0
     while (now := clock() - start) < duration_s:
         if before is None and now >= warm_s:
             before, window_start = core.stats(), now
+        if not samples or now - samples[-1].at_s >= SAMPLE_S:
+            samples.append(_sample(core, now))
         while position < len(arrivals) and arrivals[position].at_s <= now:
             request_id = f"{label}-{position}"
             live[request_id] = arrivals[position]
@@ -79,6 +110,7 @@ def replay(
             following = arrivals[position].at_s if position < len(arrivals) else duration_s
             time.sleep(max(0.0, min(following, duration_s) - (clock() - start)))
     end, after = clock() - start, core.stats()
+    samples.append(_sample(core, end))
     aborted = [(timed, core.abort(request_id)) for request_id, timed in live.items()]
     core.drain()
     if before is None:
@@ -96,6 +128,7 @@ def replay(
     finished = [o for _, o in ended if o.metrics and (o.metrics.finished_s or 0) - start >= window_start]
     window_s = end - window_start
     quantiles = statistics.quantiles(ttft_ms * 2, n=10, method="inclusive")
+    counted = [sample for sample in samples if sample.at_s >= window_start]
     return Served(
         window_s=round(window_s, 3),
         num_arrived=len(waits),
@@ -109,6 +142,40 @@ def replay(
         attainment=round(statistics.fmean(ok and wait <= SLO_S for wait, ok in waits), 4),
         num_loads=after.scheduler.num_adapter_loads - before.scheduler.num_adapter_loads,
         num_preemptions=after.scheduler.num_preemptions - before.scheduler.num_preemptions,
+        num_steps=after.times.num_steps - before.times.num_steps,
+        rows=round(statistics.fmean(sample.num_rows for sample in counted), 1),
+        adapters=round(statistics.fmean(sample.num_adapters for sample in counted), 1),
+        num_waiting=samples[-1].num_waiting,
+        queued_from_s=_queued_from(samples),
+        out_tok_s_thirds=_thirds(counted),
+    )
+
+
+def _sample(core: EngineCore, now: float) -> _Sample:
+    running = [seq for seq in core.scheduler.live() if seq.status is SequenceStatus.RUNNING]
+    stats = core.stats()
+    digests = {seq.adapter.digest for seq in running if seq.adapter is not None}
+    num_waiting = stats.scheduler.num_waiting
+    return _Sample(round(now, 3), len(running), len(digests), num_waiting, stats.num_output_tokens)
+
+
+def _queued_from(samples: Sequence[_Sample]) -> float | None:
+    """When the queue began that was there until the end."""
+    start = None
+    for sample in reversed(samples):
+        if sample.num_waiting == 0:
+            break
+        start = sample.at_s
+    return start
+
+
+def _thirds(samples: Sequence[_Sample]) -> tuple[float, ...]:
+    """Output tokens per second between samples at thirds of the time."""
+    if len(samples) < 4:
+        return ()
+    at = [samples[i * (len(samples) - 1) // 3] for i in range(4)]
+    return tuple(
+        round((b.num_output_tokens - a.num_output_tokens) / (b.at_s - a.at_s), 1) for a, b in pairwise(at)
     )
 
 

@@ -1,7 +1,9 @@
 """Laws of the GPU benchmark: workloads, traffic, floors, verdicts, and what is left of a piece that dies."""
 
 import dataclasses
+import itertools
 import json
+import time
 from collections import Counter
 
 import numpy as np
@@ -202,14 +204,14 @@ def test_random_adapters_differ_and_share_the_hosts_memory():
     assert not torch.equal(adapters[0].layers[0]["q_proj"].a, adapters[2].layers[0]["q_proj"].a)
 
 
-def make_core(ranks):
+def make_core(ranks, clock=time.monotonic):
     executor = FakeExecutor(pool=PoolSpec(64, 16, 16 * 8, 1))
     store = AdapterStore(None, executor.adapter_pages)
     spec = dataclasses.replace(TINY, num_layers=1)
     RandomAdapters(spec, buffer_bytes=1 << 16).register(store, ranks)
     config = SchedulerConfig(max_model_len=400, max_num_batched_tokens=64, max_num_seqs=8)
     scheduler = Scheduler(config, executor.pool)
-    return EngineCore(executor, scheduler, None, store, max_model_len=400), store
+    return EngineCore(executor, scheduler, None, store, max_model_len=400, clock=clock), store
 
 
 def test_adapters_registered_from_memory_are_known_by_name_and_bad_names_are_refused():
@@ -234,6 +236,35 @@ def test_replayed_traffic_is_accounted_for_and_leaves_the_engine_idle():
     assert served.num_loads >= 1
     assert 0 <= served.attainment <= 1
     core.scheduler.check()
+
+
+def test_a_replay_says_since_when_requests_always_waited_and_what_ran_meanwhile():
+    ticks = itertools.count()
+
+    def clock():
+        return next(ticks) * 0.01
+
+    ranks = workloads.traffic_adapters(4)
+    core, _ = make_core(ranks, clock)
+    # A few of these take all the pages, and the last ones come to a queue.
+    arrivals = [
+        TimedRequest(0.1 * i, BenchRequest((5 + i,) * 4, 380, name)) for i, name in enumerate([*ranks] * 25)
+    ]
+    served = serving.replay(core, arrivals, 12.0, 6.0, clock=clock)
+    assert 0 < served.queued_from_s < 6
+    assert served.num_waiting > 0
+    assert 0 < served.adapters <= served.rows <= 8
+    assert served.adapters <= 4
+    assert served.num_steps > 0
+    assert len(served.out_tok_s_thirds) == 3
+    assert min(served.out_tok_s_thirds) * 0.9 < served.out_tok_s < max(served.out_tok_s_thirds) * 1.1
+
+
+def test_without_a_queue_at_the_end_a_replay_names_no_beginning_of_it():
+    core, _ = make_core({})
+    served = serving.replay(core, [TimedRequest(0.0, BenchRequest((5,) * 4, 3))], 0.1)
+    assert served.queued_from_s is None
+    assert served.num_waiting == 0
 
 
 def test_requests_without_a_token_count_as_waiting():
