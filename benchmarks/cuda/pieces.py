@@ -253,11 +253,12 @@ def many_adapters(bench: Bench) -> Iterator[Figure]:
 def clustered_adapters(bench: Bench) -> Iterator[Figure]:
     """The many adapters again where, once CLUSTER distinct ones run, requests for one of them go first."""
     setup = bench.setup
-    clustered = Bench(replace(setup, options={**setup.options, "adapter_cluster": CLUSTER}), bench.ceilings)
+    cluster = max(1, CLUSTER // setup.shrink)
+    clustered = Bench(replace(setup, options={**setup.options, "adapter_cluster": cluster}), bench.ceilings)
     sweep = {f"{rate:g}": clustered.traffic(setup.many_adapters, rate, f"clustered at {rate:g}/s")
              for rate in setup.rates}  # fmt: skip
     key = f"G6 {setup.many_adapters} adapters, clustered"
-    yield _best_of(key, sweep, f"as above, --adapter-cluster {CLUSTER}")
+    yield _best_of(key, sweep, f"as above, --adapter-cluster {cluster}")
 
 
 def _best_of(key: str, sweep: Mapping[str, serving.Served], note: str) -> Figure:
