@@ -52,9 +52,10 @@ def main(requests_path: Path, answers_path: Path) -> None:
     console = Console()
     console.print(table)
     console.print(
-        f"All {len(rows)} answers, made in the same batches, are in {answers_path}. The model has 135\n"
-        "million parameters: adapters teach it a habit, not knowledge.\n"
-        "Next: .venv/bin/polybatch chat --adapter pirate=examples/adapters/pirate, and there /adapter pirate",
+        f"All {len(rows)} answers, made in the same batches, are in {answers_path}.\n"
+        "The model has 135 million parameters: adapters teach it a habit, not knowledge.\n"
+        "Next, and there /adapter pirate:\n"
+        "  .venv/bin/polybatch chat --adapter pirate=examples/adapters/pirate",
         highlight=False,
     )
 

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from polybatch.cli.options import ChatTemplate, EngineOptions, with_engine
-from polybatch.cli.progress import ProgressDisplay, summary_table
+from polybatch.cli.progress import ProgressDisplay, show_examples, summary_table
 from polybatch.cli.remote import api_key_of, refuse_engine_flags, run_batch
 from polybatch.errors import ConfigError
 from polybatch.jobs.job import Job, open_job, weights_fingerprint
@@ -113,9 +113,9 @@ def batch(
                 begun=lambda job: _say_continued(job, console, quiet),
             )  # fmt: skip
         if stopped_by:
-            raise typer.Exit(_explain_stop(console, progress, output_path, stopped_by))
+            raise typer.Exit(_explain_stop(console, progress, output_path, stopped_by, overwrite))
         if not quiet:
-            console.print(summary_table(progress, str(output_path)))
+            _show_summary(console, progress, output_path)
         return
     if tool_call_parser is not None:
         check_style(tool_call_parser)
@@ -135,9 +135,14 @@ def batch(
                 tool_call_parser=tool_call_parser, chat_template=chat_template,
             )  # fmt: skip
             if stopped_by:
-                raise typer.Exit(_explain_stop(console, progress, output_path, stopped_by))
+                raise typer.Exit(_explain_stop(console, progress, output_path, stopped_by, overwrite))
         if not quiet:
-            console.print(summary_table(progress, str(output_path)))
+            _show_summary(console, progress, output_path)
+
+
+def _show_summary(console: Console, progress: Progress, output: Path) -> None:
+    console.print(summary_table(progress, str(output)))
+    show_examples(console, progress.examples)
 
 
 def _say_continued(job: Job, console: Console, quiet: bool) -> None:
@@ -219,10 +224,13 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _explain_stop(console: Console, progress: Progress, output: Path, stopped_by: int) -> int:
+def _explain_stop(
+    console: Console, progress: Progress, output: Path, stopped_by: int, was_overwriting: bool
+) -> int:
+    again = "without --overwrite " if was_overwriting else ""
     console.print(
         f"stopped: {progress.done:,} of {progress.total:,} rows are in {output}. "
-        "Run the same command again to go on.",
+        f"Run the same command again {again}to go on.",
         soft_wrap=True,
         highlight=False,
         markup=False,

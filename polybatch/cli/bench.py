@@ -74,6 +74,7 @@ def _run(
     spec = model_spec(engine.chosen_model())
     threads = engine.threads or torch.get_num_threads()
     if wait:
+        console.print("waiting until the machine is idle, for minutes at most; --no-wait measures at once")
         meter.wait_idle()
     machine_limits = limits.measure(spec, threads)
     console.print(f"this machine at best, with torch: {json.dumps(asdict(machine_limits))}")

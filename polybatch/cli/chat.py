@@ -168,7 +168,7 @@ def _converse(talk: Conversation, is_terminal: bool) -> None:
         try:
             line = _read(talk, is_terminal)
         except KeyboardInterrupt:
-            print(file=sys.stderr)
+            print("\n/quit or Ctrl-D leaves", file=sys.stderr)
             continue
         if line is None:
             return

@@ -36,6 +36,14 @@ def open_core(
             console.print("compiling kernels for this processor, which takes a while only this once")
     settings = options.engine_settings() | {"policy": policy, "chat_template": chat_template}
     with closing(LLM(options.chosen_model(), options.adapters(), **settings)) as llm:
+        limit, own_limit = llm.core.max_model_len, llm.spec.max_position
+        if not quiet and options.max_model_len is None and limit < own_limit:
+            console.print(
+                f"memory holds {limit:,} tokens, so prompt and output together may have no more, where the "
+                f"model's limit is {own_limit:,}: --memory raises it",
+                soft_wrap=True,
+                highlight=False,
+            )
         yield llm.core
 
 

@@ -31,6 +31,8 @@ app = typer.Typer(
     name="polybatch",
     help="Run a language model over many requests and many adapters in the same batch.",
     no_args_is_help=True,
+    # Paragraphs of docstrings are filled anew for the terminal's width.
+    rich_markup_mode="markdown",
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -14,8 +14,10 @@ from rich.table import Table
 
 from polybatch.cli.info import show_bytes
 from polybatch.cli.options import ChatTemplate, EngineOptions, with_engine
-from polybatch.errors import ConfigError
+from polybatch.cli.progress import show_examples
+from polybatch.errors import ConfigError, RequestError
 from polybatch.jobs.lines import Line, parse_line, read_lines
+from polybatch.jobs.results import note_example
 from polybatch.jobs.runner import ModelNames
 from polybatch.jobs.tools.answer import template_variables
 from polybatch.request import AdapterRef, Request
@@ -57,7 +59,8 @@ def plan_job(
         raise ConfigError(f"input {input_path} is not a file")
     door, config, pool, costs = _machine(engine, chat_template)
     names = ModelNames((engine.chosen_model(), *(served_model_name or ())), tuple(engine.adapters()))
-    requests_of = _reader(door, names, _adapter_refs(engine, pool), expected_tokens)
+    wrong: list[str] = []
+    requests_of = _reader(door, names, _adapter_refs(engine, pool), expected_tokens, wrong)
     with open(input_path, "rb") as stream:
         found = plan(read_lines(stream), requests_of, config, pool, costs)
     if json_output:
@@ -65,6 +68,7 @@ def plan_job(
         return
     console = Console()
     console.print(_table(found))
+    show_examples(console, wrong)
     if found.seconds is None:
         console.print("no time: run polybatch calibrate with the same model and flags once", highlight=False)
 
@@ -117,11 +121,22 @@ def _adapter_refs(engine: EngineOptions, pool: PoolSpec) -> dict[str, AdapterRef
 
 
 def _reader(
-    door: Door, names: ModelNames, refs: dict[str, AdapterRef], expected_tokens: int | None
+    door: Door,
+    names: ModelNames,
+    refs: dict[str, AdapterRef],
+    expected_tokens: int | None,
+    wrong: list[str],
 ) -> Callable[[Line], Sequence[Request]]:
-    """Lines to requests, refused as the runner and the door refuse them."""
+    """Lines to requests, refused as the runner and the door refuse them. wrong: takes examples of that."""
 
     def requests_of(line: Line) -> list[Request]:
+        try:
+            return read(line)
+        except RequestError as error:
+            note_example(wrong, f"line {line.number}: {error}")
+            raise
+
+    def read(line: Line) -> list[Request]:
         call = parse_line(line)
         adapter = names.adapter_of(call.model)
         ref = None if adapter is None else refs[adapter]

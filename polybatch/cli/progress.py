@@ -6,6 +6,7 @@ A terminal gets a bar; anything else a line every ten seconds, so that logs stay
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
@@ -18,6 +19,7 @@ from polybatch.jobs.results import Progress
 REFRESH_S = 0.2
 LINE_INTERVAL_S = 10.0
 MAX_MODELS_SHOWN = 20
+MAX_EXAMPLE_CHARS = 300
 
 
 class ProgressDisplay:
@@ -89,6 +91,15 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def show_examples(console: Console, examples: Sequence[str]) -> None:
+    """What is wrong with some of the lines, if any are; the output has the rest."""
+    if examples:
+        console.print("lines that are wrong, for example:", highlight=False)
+    for text in examples:
+        shown = text if len(text) <= MAX_EXAMPLE_CHARS else f"{text[: MAX_EXAMPLE_CHARS - 1]}…"
+        console.print(f"  {shown}", soft_wrap=True, highlight=False, markup=False)
 
 
 def summary_table(progress: Progress, output: str) -> Table:

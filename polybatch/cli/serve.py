@@ -60,7 +60,9 @@ def serve(
         ),
     ] = None,
     host: Annotated[str, typer.Option(rich_help_panel=_HTTP, help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(rich_help_panel=_HTTP, min=0, max=65535)] = 8000,
+    port: Annotated[
+        int, typer.Option(rich_help_panel=_HTTP, min=0, max=65535, help="0 takes one that is free.")
+    ] = 8000,
     served_model_name: Annotated[
         list[str] | None,
         typer.Option(rich_help_panel=_HTTP, help="Name of the base model for clients; repeat for more."),
@@ -123,14 +125,16 @@ def serve(
     max_num_queued_tokens: Annotated[
         int, typer.Option(rich_help_panel=_LIMITS, help="Prompt tokens that may wait.")
     ] = 1_000_000,
-    max_body_bytes: Annotated[int, typer.Option(rich_help_panel=_LIMITS)] = 8 << 20,
+    max_body_bytes: Annotated[int, typer.Option(rich_help_panel=_LIMITS, help="Of one request.")] = 8 << 20,
     max_buffered_bytes: Annotated[
         int, typer.Option(rich_help_panel=_LIMITS, help="Of the bodies of all requests under way.")
     ] = 256 << 20,
-    max_connections: Annotated[int, typer.Option(rich_help_panel=_LIMITS)] = 4096,
+    max_connections: Annotated[
+        int, typer.Option(rich_help_panel=_LIMITS, help="Open at once; more are refused.")
+    ] = 4096,
     max_n: Annotated[int, typer.Option(rich_help_panel=_LIMITS, help="Completions per prompt.")] = 32,
-    max_logprobs: Annotated[int, typer.Option(rich_help_panel=_LIMITS)] = 20,
-    max_stop_strings: Annotated[int, typer.Option(rich_help_panel=_LIMITS)] = 16,
+    max_logprobs: Annotated[int, typer.Option(rich_help_panel=_LIMITS, help="Per token.")] = 20,
+    max_stop_strings: Annotated[int, typer.Option(rich_help_panel=_LIMITS, help="Per request.")] = 16,
     data_dir: Annotated[
         Path | None,
         typer.Option(rich_help_panel=_HTTP, help="Keep files and batches here; without it there are none."),
@@ -225,9 +229,18 @@ def serve(
     """
     import logging
 
+    from polybatch.log_format import FORMATS, set_up_logging
+
+    level = logging.getLevelNamesMapping().get(log_level.upper())
+    if level is None:
+        raise ConfigError(f"--log-level is {log_level!r}; it must be debug, info, warning or error")
+    if log_format not in FORMATS:
+        raise ConfigError(f"--log-format is {log_format!r}; it must be {' or '.join(FORMATS)}")
+    set_up_logging(level, log_format)
+    # Before what takes seconds to import.
+    logging.getLogger("polybatch.server").info("loading %s", engine.chosen_model())
     from polybatch.engine.async_llm import AsyncLLM
     from polybatch.engine.connection import Watch
-    from polybatch.log_format import FORMATS, set_up_logging
 
     try:
         import uvloop
@@ -236,12 +249,6 @@ def serve(
         from polybatch.server.run import serve as run
     except ModuleNotFoundError as error:
         raise ConfigError(f"{error.name} is not installed: pip install 'polybatch[serve]'") from error
-    level = logging.getLevelNamesMapping().get(log_level.upper())
-    if level is None:
-        raise ConfigError(f"--log-level is {log_level!r}; it must be debug, info, warning or error")
-    if log_format not in FORMATS:
-        raise ConfigError(f"--log-format is {log_format!r}; it must be {' or '.join(FORMATS)}")
-    set_up_logging(level, log_format)
     for name, value in (("loras", max_loras), ("lora-rank", max_lora_rank), ("cpu-loras", max_cpu_loras)):
         if value is not None:
             logging.getLogger("polybatch").info("--max-%s %d: there is no such limit here", name, value)

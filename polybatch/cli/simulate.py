@@ -223,6 +223,8 @@ def _machines(names: list[str], replicas: int, disaggregate: str | None) -> tupl
 
 
 def _show(reports: list[tuple[str, Report]], machines: list[Machine]) -> None:
+    from collections import Counter
+
     from rich.console import Console
 
     from polybatch.simulate.tables import times_table, totals_table
@@ -232,6 +234,9 @@ def _show(reports: list[tuple[str, Report]], machines: list[Machine]) -> None:
         title = f"{name}: " if len(reports) > 1 else ""
         console.print(times_table(found, title))
     console.print(totals_table(reports))
+    engines = Counter(machine.name for machine in machines)
+    names = ", ".join(f"{count} x {name}" if count > 1 else name for name, count in engines.items())
+    console.print(f"simulated on {names}", soft_wrap=True, highlight=False, markup=False)
     if any(machine.is_estimate for machine in machines):
         console.print("the machine is an estimate, not measured: see polybatch calibrate")
 

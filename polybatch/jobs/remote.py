@@ -8,6 +8,7 @@ address) ends the run.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from typing import Any
 
@@ -29,6 +30,8 @@ FIRST_WAIT_S, MAX_WAIT_S = 0.5, 30.0
 CONNECT_S = 10.0
 ANSWER_S = 3_600.0
 LATER = (429, 502, 503, 504)
+
+logger = logging.getLogger("polybatch.jobs")
 
 
 def client_of(url: str, api_key: str | None, num_connections: int) -> httpx.AsyncClient:
@@ -61,6 +64,7 @@ class RemoteAnswerer:
     def __init__(self, client: httpx.AsyncClient, patience_s: float = PATIENCE_S) -> None:
         self._client, self._patience_s = client, patience_s
         self._answered_s = time.monotonic()
+        self._is_told = False
 
     async def __call__(self, line: Line) -> Answer:
         """Raises ConfigError or EngineError where it makes no sense to go on."""
@@ -85,6 +89,12 @@ class RemoteAnswerer:
                     f"{self._client.base_url} has answered nothing for {self._patience_s:g} s ({reason}): "
                     "run the same command again to go on"
                 )
+            if status is None and not self._is_told:
+                self._is_told = True
+                logger.warning(
+                    "%s does not answer (%s): trying again for %g s",
+                    self._client.base_url, reason, self._patience_s,
+                )  # fmt: skip
             await asyncio.sleep(max(wait_s, told_s))
             wait_s = min(2 * wait_s, MAX_WAIT_S)
 
@@ -104,6 +114,7 @@ class RemoteAnswerer:
             raise ConfigError(f"{self._client.base_url} has no {path}: check --server")
         if status not in LATER:
             self._answered_s = time.monotonic()
+            self._is_told = False
         told = response.headers.get("Retry-After", "")
         told_s = min(float(told), MAX_WAIT_S) if told.isdigit() else 0.0
         reason = f"status {status}: {_reason(found)}"

@@ -20,13 +20,14 @@ from polybatch.jobs.responses import error_body
 
 SYNC_INTERVAL_S = 1.0
 SYNC_ROWS = 1_000
+MAX_EXAMPLES = 3
 
 
 @dataclass(slots=True)
 class Progress:
     """How far a run is. Rows count the whole job, the other figures this run alone.
 
-    rows_by_model: rows with a result, by the name their body used.
+    rows_by_model: rows with a result, by the name their body used. examples: see `note_example`.
     """
 
     total: int
@@ -40,6 +41,7 @@ class Progress:
     elapsed_s: float = 0.0
     done_before: int = 0
     rows_by_model: Counter[str] = field(default_factory=Counter)
+    examples: list[str] = field(default_factory=list)
 
     @property
     def done(self) -> int:
@@ -55,6 +57,13 @@ class Progress:
         """Estimated seconds to the end, None before anything finished."""
         done_now = self.done - self.done_before
         return None if not done_now else self.elapsed_s / done_now * (self.total - self.done)
+
+
+def note_example(examples: list[str], message: str) -> None:
+    """Keep the message of an error line, `line N: TEXT`, if its text is one of the first few."""
+    texts = {example.partition(": ")[2] for example in examples}
+    if len(texts) < MAX_EXAMPLES and message.partition(": ")[2] not in texts:
+        examples.append(message)
 
 
 class ResultWriter:
@@ -97,6 +106,7 @@ class ResultWriter:
         """The row ends as an error line with this body. summary: {"code", "message"}."""
         self._add(line, status, body, summary)
         self.progress.errors += 1
+        note_example(self.progress.examples, summary["message"])
 
     def _add(self, line: Line, status: int, body: dict[str, Any], summary: dict[str, Any] | None) -> None:
         self._finished.append(encode_output(line.number, custom_id_of(line), status, body, summary))

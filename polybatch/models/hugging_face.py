@@ -83,7 +83,10 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        raise ModelError(f"{path} does not exist: {path.parent} is no Hugging Face checkpoint") from error
+        what = f"{path} does not exist: {path.parent} is no Hugging Face checkpoint"
+        if (path.parent / "adapter_config.json").is_file():
+            what += f", but an adapter: give it as --adapter NAME={path.parent}, beside its base model"
+        raise ModelError(what) from error
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"cannot read {path}: {error}") from error
     if not isinstance(value, dict):

@@ -62,7 +62,10 @@ class DrainingServer(uvicorn.Server):
         await super().startup(sockets)
         config = self._state.config
         port = self.servers[0].sockets[0].getsockname()[1]
-        logger.info("serving %s on http://%s:%d", config.served_model_names[0], config.host, port)
+        address = f"http://{config.host}:{port}"
+        logger.info(
+            "serving %s on %s/v1, to watch at %s/dashboard", config.served_model_names[0], address, address
+        )
         if self._state.batches is not None:
             self._state.batches.start()
 

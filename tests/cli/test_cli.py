@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import subprocess
 import sys
 
@@ -37,6 +38,20 @@ def test_every_command_explains_its_flags(capsys: pytest.CaptureFixture[str]) ->
     for command in ("batch", "chat", "serve", "info", "bench", "selfcheck"):
         assert run(command, "--help") == 0
         assert "--max-model-len" in capsys.readouterr().out
+
+
+def test_paragraphs_of_help_are_filled_for_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run("bench", "--help") == 0
+    shown = capsys.readouterr().out
+    paragraph = [
+        line.strip() for line in shown[shown.index("W1 is one") : shown.index("Arguments")].splitlines()
+    ]
+    lines = paragraph[: paragraph.index("")]
+    for line, after in itertools.pairwise(lines):
+        assert len(line) + len(after.split()[0]) >= 77
 
 
 def test_the_version_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

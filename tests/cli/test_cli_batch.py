@@ -78,6 +78,16 @@ def test_bad_lines_do_not_change_the_exit_status(source: Path, tmp_path: Path) -
     assert statuses == {200, 404}
 
 
+def test_the_summary_says_what_is_wrong_with_some_of_the_lines(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("-i", source, "-o", tmp_path / "out.jsonl") == 0
+    _, found = capsys.readouterr().err.split("lines that are wrong, for example:\n")
+    red, blue = found.splitlines()
+    assert red.startswith("  line 2: model 'red' is not known here")
+    assert blue.startswith("  line 3: model 'blue' is not known here")
+
+
 def test_answers_do_not_depend_on_how_many_run_at_once(source: Path, tmp_path: Path) -> None:
     adapters = ("--adapter", "red=x", "--adapter", "blue=y", "--quiet")
     assert run("-i", source, "-o", tmp_path / "1", "--max-num-seqs", 1, *adapters) == 0
@@ -135,19 +145,25 @@ def wait_for_rows(process: subprocess.Popen[str], out: Path, size: int) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status", "flags", "again"),
+    [
+        (signal.SIGINT, 130, ["--overwrite"], "again without --overwrite to"),
+        (signal.SIGTERM, 143, [], "again to"),
+    ],
+)
 def test_a_signal_ends_the_step_keeps_results_and_says_how_to_go_on(
-    tmp_path: Path, number: signal.Signals, status: int
+    tmp_path: Path, number: signal.Signals, status: int, flags: list[str], again: str
 ) -> None:
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     write_rows(source, 2000)
-    args = [*COMMAND, "-i", str(source), "-o", str(out), "--model", "stub", "--max-num-seqs", "4"]
+    args = [*COMMAND, "-i", str(source), "-o", str(out), "--model", "stub", "--max-num-seqs", "4", *flags]
     process = subprocess.Popen(args, stderr=subprocess.PIPE, text=True)
     wait_for_rows(process, out, 1)
     process.send_signal(number)
     _, error = process.communicate()
     assert process.returncode == status
-    assert "Run the same command again to go on." in error
+    assert f"Run the same command {again} go on." in error
     assert "Traceback" not in error
     done = len(rows_of(out))
     assert 0 < done < 2000

@@ -24,6 +24,7 @@ def test_policies_are_compared_in_one_table_and_one_file(tmp_path: Path) -> None
     text = run("-w", "slora", *few, "--policy", "fcfs,fair", "--slo", "ttft=6", "--json", str(out))
     assert "attainment" in text
     assert "fair" in text
+    assert "simulated on h100-8b\n" in text
     content = json.loads(out.read_text())
     assert set(content["policies"]) == {"fcfs", "fair"}
     assert content["policies"]["fcfs"]["num_completed"] == 40

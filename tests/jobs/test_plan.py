@@ -153,6 +153,8 @@ def test_the_command_says_what_the_batch_then_does(
     )
     found = json.loads(shown.stdout)
     assert (found["rows"], found["bad_lines"], found["groups"], found["seconds"]) == (24, 1, 4, None)
+    table = CliRunner().invoke(app, ["plan-job", str(source), "--model", "stub"], catch_exceptions=False)
+    assert "line 25: not a JSON object" in table.stdout
     with pytest.raises(SystemExit):
         main(["batch", "--model", "stub", "-i", str(source), "-o", str(out), "--quiet"])
     usages = [

@@ -71,6 +71,13 @@ def test_what_may_pass_is_tried_again(later: httpx.Response | Exception) -> None
     assert (answer.status, count) == (200, 3)
 
 
+def test_a_server_that_is_away_is_told_of_once_until_it_answers(caplog: pytest.LogCaptureFixture) -> None:
+    away = httpx.ConnectError("refused")
+    ask(away, away, httpx.Response(500, json=REFUSED), away, GOOD)
+    told = ["http://server does not answer (ConnectError refused): trying again for 60 s"] * 2
+    assert [record.getMessage() for record in caplog.records] == told
+
+
 def test_a_refusal_is_an_error_line_at_once() -> None:
     answer, count = ask(httpx.Response(400, json=REFUSED))
     assert (answer.status, answer.body, count) == (400, REFUSED, 1)

@@ -22,6 +22,12 @@ from polybatch.models.random_weights import CONFIGS
 NAME = "smollm2-135m-instruct"
 
 
+def test_an_adapter_in_the_models_place_is_told_where_it_belongs(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=f"but an adapter: give it as --adapter NAME={tmp_path}"):
+        load_model(str(tmp_path))
+
+
 def test_a_directory_is_opened_with_its_tokenizer(tmp_path: Path) -> None:
     tiny_model("qwen3").save_pretrained(tmp_path)
     assert load_model(str(tmp_path)).tokenizer is None
