@@ -70,7 +70,10 @@ def plan_job(
     console.print(_table(found))
     show_examples(console, wrong)
     if found.seconds is None:
-        console.print("no time: run polybatch calibrate with the same model and flags once", highlight=False)
+        console.print(
+            "no time in seconds: polybatch calibrate with the same model and flags measures this machine",
+            highlight=False,
+        )
 
 
 def _machine(
