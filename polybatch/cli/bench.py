@@ -58,9 +58,7 @@ def _names(workloads: str) -> list[str]:
 def _run(
     names: list[str], runs: int, requests: int | None, wait: bool, out: Path | None, engine: EngineOptions
 ) -> None:
-    import json
     import sys
-    from dataclasses import asdict
 
     import torch
     from rich.console import Console
@@ -77,7 +75,11 @@ def _run(
         console.print("waiting until the machine is idle, for minutes at most; --no-wait measures at once")
         meter.wait_idle()
     machine_limits = limits.measure(spec, threads)
-    console.print(f"this machine at best, with torch: {json.dumps(asdict(machine_limits))}")
+    rates = ", ".join(f"{dtype} {rate:g}" for dtype, rate in machine_limits.gflops.items())
+    console.print(
+        f"this machine at best, with torch: reads {machine_limits.read_gbs:g} GB/s, Gflop/s: {rates}",
+        highlight=False,
+    )
     label = engine.quantization or engine.dtype
     measured = []
     for result in run_workloads(

@@ -28,7 +28,7 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {path} cannot be read: {error}") from error
+        raise ConfigError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} must hold a map of flags to values, such as port: 8000")
     known = {
@@ -271,6 +271,11 @@ def serve(
     )  # fmt: skip
     if late_requests not in ("serve", "refuse", "abort"):
         raise ConfigError(f"--late-requests is {late_requests!r}; it must be serve, refuse or abort")
+    if late_requests == "abort" and scheduling_policy != "deadline":
+        raise ConfigError(
+            f"--late-requests is 'abort', which the policy {scheduling_policy!r} never does: "
+            "add --scheduling-policy deadline"
+        )
     times = {"target_tbt_s": target_tbt_ms, "ttft_s": default_ttft_ms, "tpot_s": default_tpot_ms,
              "e2e_s": default_deadline_ms, "max_batch_step_s": max_batch_step_ms}  # fmt: skip
     levels = ServiceLevels(

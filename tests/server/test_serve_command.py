@@ -115,6 +115,12 @@ def test_what_cannot_be_served_is_said_in_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in missing.stderr
 
 
+def test_giving_up_the_late_is_refused_under_a_policy_that_never_does() -> None:
+    refused = error_of("stub", "--late-requests", "abort", "--scheduling-policy", "fair")
+    assert refused.returncode == 2
+    assert "the policy 'fair' never does: add --scheduling-policy deadline" in refused.stderr
+
+
 def test_an_address_that_is_taken_is_found_out_before_anything_is_loaded() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
