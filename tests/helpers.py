@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 
 import torch
@@ -23,6 +23,7 @@ from transformers import (
 
 from polybatch.adapters.weights import AdapterWeights, ModuleDelta
 from polybatch.config import ModelSpec, RopeSpec
+from polybatch.execution.cuda_graphs import Variant
 from polybatch.execution.executor import Executor
 from polybatch.models.weights import LayerWeights
 from polybatch.request import AdapterRef, Request, SamplingParams, Sequence
@@ -319,6 +320,22 @@ class Driver:
         for seq in seqs:
             self.executor.release(seq)
         return [torch.cat(part) for part in parts]
+
+
+class Replays:
+    """A ladder of graphs whose replays run what they would have captured."""
+
+    def __init__(self, sizes: list[int], run: Callable[[int, Variant, bool], None]) -> None:
+        self.sizes, self._run = sizes, run
+        self.replayed: list[tuple[int, Variant]] = []
+
+    def size_for(self, num_rows: int) -> int | None:
+        return next((size for size in self.sizes if size >= num_rows), None)
+
+    def replay(self, size: int, variant: Variant) -> None:
+        self.replayed.append((size, variant))
+        self._run(size, variant, True)
+        self._run(size, variant, False)
 
 
 def run_alone(

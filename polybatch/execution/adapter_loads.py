@@ -63,7 +63,7 @@ class AdapterShape:
 
     itemsize: bytes of an element.
     num_rows, row_bytes: [tensors], of every tensor with rows, in the order of `adapters.pack.stored`.
-    layers, places: [rows], as in `scatter_rows`.
+    layers, places: [rows], as in `scatter_rows`. has_scales: whether there are gains or biases.
     """
 
     layout: AdapterLayout
@@ -73,6 +73,7 @@ class AdapterShape:
     row_bytes: Int64s
     layers: Int32s
     places: Int32s
+    has_scales: bool
     plans: weakref.WeakValueDictionary[bytes, LoadPlan] = field(default_factory=weakref.WeakValueDictionary)
 
     def plan(self, starts: Int64s, piece_bytes: int, *, pin: bool) -> LoadPlan:
@@ -129,6 +130,7 @@ def adapter_shape(
     return AdapterShape(
         layout, words, itemsize, np.array(num_rows, np.int64), np.array(row_bytes, np.int64),
         np.concatenate(layers or none).astype(np.int32), np.concatenate(places or none).astype(np.int32),
+        any(rows.gain or rows.bias for layer in layout.layers for rows in layer.values()),
     )  # fmt: skip
 
 

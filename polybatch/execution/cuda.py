@@ -25,15 +25,8 @@ from polybatch.adapters.weights import AdapterWeights
 from polybatch.config import CUDA_DTYPES, ModelSpec, PoolSpec
 from polybatch.errors import ConfigError, EngineError
 from polybatch.execution.cuda_adapters import CudaAdapters
-from polybatch.execution.cuda_graphs import (
-    DECODE_VARIANTS,
-    MIXED_VARIANTS,
-    GraphLadder,
-    Variant,
-    ladder,
-    mixed_ladder,
-)
-from polybatch.execution.cuda_model import DeviceWeights, Workspace, run_head, run_layers
+from polybatch.execution.cuda_graphs import GraphLadder, Variant, ladder, mixed_ladder, variants
+from polybatch.execution.cuda_model import DeviceWeights, Workspace, run_head, run_layers, whole_rows
 from polybatch.execution.cuda_stage import Filled, Rescale, Shared, Stage, StageOperations
 from polybatch.execution.cuda_step import Array, Int64s, PageTable, lay_out
 from polybatch.execution.page_memory import TORCH_DTYPES, PageMemory, page_bytes
@@ -42,7 +35,9 @@ from polybatch.execution.sharding import row_spec
 from polybatch.execution.vocabulary import patch_logits
 from polybatch.kernels import sample
 from polybatch.kernels.linear.cuda import LinearWorkspace, pack
+from polybatch.kernels.lora.carried import COLUMNS
 from polybatch.kernels.lora.cuda import CudaLora
+from polybatch.kernels.lora.cuda_carried import Carrier
 from polybatch.kernels.lora.work import (
     GRAPH_PLAN,
     LoraPlan,
@@ -124,8 +119,10 @@ class CudaExecutor:
         self._pool = PoolSpec(num_pages, page_size, page_bytes(rows, page_size, dtype), spec.num_layers)
         began = time.perf_counter()
         linear_space = LinearWorkspace(where, kind, max_num_tokens)
+        # Packed weights have no spare columns; of cut ones each rank would need h of all.
+        spare = COLUMNS if quantization is None and ranks.size == 1 else 0
         self._weights = DeviceWeights(
-            weights, kind, where, lambda weight: pack(weight, quantization, linear_space),
+            weights, kind, where, lambda weight: pack(weight, quantization, linear_space, spare),
             lambda done, total: report("weights", done, total), quantization,
         )  # fmt: skip
         if self._is_cuda:
@@ -134,7 +131,7 @@ class CudaExecutor:
         self.memory = PageMemory(spec, self._pool, dtype, device)
         # Logits are where the sampler is.
         own_logits = self._max_logits if ranks.rank == 0 else 0
-        self._space = Workspace(spec, max_num_tokens, own_logits, kind, where)
+        self._space = Workspace(spec, max_num_tokens, own_logits, kind, where, spare)
         self._table = PageTable(max_num_seqs, -(-max_model_len // page_size) + 1, where)
         self._adapters = self._make_adapters(rows, kind)
         num_sms = (
@@ -147,14 +144,18 @@ class CudaExecutor:
         lora = CudaLora(shapes, kind, where, MAX_H, num_programs=None if self._is_cuda else INTERPRETED_SMS)
         inv_freq, rope_scaling = rope_frequencies(spec.rope, spec.head_dim, spec.max_position)
         layers = range(spec.num_layers)
-        itemsize = kind.itemsize
+        pages = self.memory.arena.view(kind).flatten(1)
+        carrier = None
+        if spare:
+            held = self._weights.with_spare_columns()
+            carrier = Carrier(held, shapes, pages, self._adapters.words, lora.launcher)
         shared = Shared(
             spec=spec, page_size=page_size, device=where, num_sms=num_sms, heads=heads,
             tiles=choose_tiles(heads, kind), weights=self._weights, table=self._table,
             rope=rope_table(inv_freq, rope_scaling, max_model_len + 1).to(where),
-            pages=[self.memory.rows(i).view(num_pages, self._pool.page_bytes // itemsize) for i in layers],
+            pages=[pages[i].view(num_pages, -1) for i in layers],
             kv=[self.memory.kv(i) for i in layers],
-            adapters=self._adapters, lora=lora, max_h=MAX_H,
+            adapters=self._adapters, lora=lora, carrier=carrier, max_h=MAX_H,
             sampled=torch.zeros(max_num_seqs, dtype=torch.int32, device=where), ranks=ranks,
         )  # fmt: skip
         self._shared = shared
@@ -180,19 +181,20 @@ class CudaExecutor:
         self.startup_s["kernels"] = (compiled := time.perf_counter()) - loaded
         if graphs and self._is_cuda:
             self._graphs = GraphLadder(
-                ladder(max_num_seqs), DECODE_VARIANTS, self._run_decode, where,
+                ladder(max_num_seqs), variants(is_decode=True, can_carry=spare > 0), self._run_decode, where,
                 lambda done, total: report("graphs", done, total),
             )  # fmt: skip
             sizes = mixed_ladder(max_num_tokens)
             if ranks.size > 1:
                 # With exchanges between GPUs inside, each takes some 0.4 s to capture.
                 sizes = sizes[::-4][::-1]
+            of_mixed = variants(is_decode=False, can_carry=spare > 0)
             self._mixed_graphs = GraphLadder(
-                sizes, MIXED_VARIANTS, self._run_mixed, where,
+                sizes, of_mixed, self._run_mixed, where,
                 lambda done, total: report("graphs of mixed steps", done, total),
             )  # fmt: skip
             if ranks.size == 1:
-                self._mixed_graphs.drop_dominated(MIXED_VARIANTS[0])
+                self._mixed_graphs.drop_dominated(of_mixed[0])
         self.startup_s["graphs"] = time.perf_counter() - compiled
 
     @property
@@ -298,6 +300,8 @@ class CudaExecutor:
         self._table.send(*changes)
         if self._is_cuda:
             self._adapters.wait(layout.digests)
+        if filled.carried is not None and self._shared.carrier is not None:
+            self._shared.carrier.take(*filled.carried, stage.fields.on["lora_carried"])
         if size is None or graphs is None:
             return stage, self._run_eager(stage, filled)
         graphs.replay(size, variant_of(filled))
@@ -307,8 +311,9 @@ class CudaExecutor:
 
     def _operations(self, stage: Stage, filled: Filled) -> StageOperations:
         return StageOperations(
-            stage, filled.num_rows, lora=filled.lora, works=filled.attention,
-            patched=filled if filled.changes_vocabulary else None, rescale=filled.rescale,
+            stage, filled.num_rows, lora=filled.lora, carries=filled.carried is not None,
+            works=filled.attention, patched=filled if filled.changes_vocabulary else None,
+            rescale=filled.rescale,
         )  # fmt: skip
 
     def _head(self, stage: Stage, filled: Filled, operations: StageOperations) -> torch.Tensor:
@@ -345,8 +350,8 @@ class CudaExecutor:
         plan = self._graph_plan(num_rows, stage is self._decode)
         return StageOperations(
             stage, num_rows, lora=plan if Variant.ADAPTED in variant else None,
+            carries=Variant.CARRIED in variant, has_wide=Variant.SHARED in variant,
             limits=stage.limits_for(num_rows, min(num_rows, self._limits[1])),
-            has_wide=Variant.SHARED in variant,
         )  # fmt: skip
 
     def _graph_plan(self, num_rows: int, is_decode: bool) -> LoraPlan:
@@ -372,7 +377,11 @@ class CudaExecutor:
                 params = SampleParams(*(stage.fields.on[name] for name in sample.arrays(0)))
                 self._sampler.sample(logits, params, self._shared.sampled, self._finite)
         if self._ranks.size == 1:
+            space, on = self._space, stage.fields.on["lora_carried"]
+            inputs = (space.hidden, space.attention, space.hidden, space.activated)
             with self._shared.lora.rehearsal(os.cpu_count() or 1):
+                if self._shared.carrier is not None:
+                    self._shared.carrier.rehearse([whole_rows(x) for x in inputs], space.gate_up, on)
                 for plan in common_mixed_plans():
                     operations = StageOperations(stage, num_rows, lora=plan, works=works)
                     run_layers(self._weights, self._space, operations, num_rows)
@@ -469,4 +478,6 @@ def variant_of(filled: Filled) -> Variant:
     """What the graph must launch; those of mixed steps always launch wide items."""
     is_wide = filled.has_wide or not filled.layout.is_decode
     shared = Variant.SHARED if is_wide else Variant.PLAIN
+    if filled.carried is not None:
+        return shared | Variant.CARRIED
     return shared if filled.lora is None else shared | Variant.ADAPTED

@@ -26,6 +26,7 @@ from polybatch.errors import EngineError
 from polybatch.execution.adapter_loads import AdapterShape, adapter_shape
 from polybatch.execution.adapter_staging import Source, Staging
 from polybatch.execution.adapter_words import adapter_words
+from polybatch.kernels.lora.carried import fits
 from polybatch.kernels.lora.work import ABSENT, GROUPS, TILE_FIELDS
 
 Int32s = npt.NDArray[np.int32]
@@ -49,6 +50,11 @@ class _Adapter:
     is_placed: bool = False
     source: Source | None = None
     owner: weakref.ref[AdapterWeights] | None = None
+
+    @property
+    def can_carry(self) -> bool:
+        """Pairs of A and B alone, which the spare columns hold."""
+        return self.shape.words.size > 0 and not self.shape.has_scales and fits(self.shape.words.template)
 
     @property
     def num_pages(self) -> int:
@@ -176,6 +182,11 @@ class CudaAdapters:
         """The adapter's row of `templates`, None where it is unknown; its row is valid after `place`."""
         adapter = self._adapters.get(digest)
         return None if adapter is None else adapter.index
+
+    def can_carry(self, digest: str) -> bool:
+        """Whether the base model's products can take the adapter along; see `lora.carried`."""
+        adapter = self._adapters.get(digest)
+        return adapter is not None and adapter.can_carry
 
     def forget(self, digest: str) -> None:
         """Drop what is known of an adapter; its pages belong to the scheduler. Idempotent."""

@@ -17,16 +17,25 @@ import torch
 
 
 class Variant(enum.Flag):
-    """What a graph launches beside the base model: adapters' kernels, attention's for shared prefixes."""
+    """What a graph launches beside the base model: adapters' kernels, attention's for shared prefixes.
+
+    CARRIED: the only adapter goes with the base model's products, see `lora.carried`.
+    """
 
     PLAIN = 0
     ADAPTED = 1
     SHARED = 2
+    CARRIED = 4
 
 
-DECODE_VARIANTS = (Variant.PLAIN, Variant.ADAPTED, Variant.SHARED, Variant.ADAPTED | Variant.SHARED)
-# Mixed steps always launch what shared prefixes need: it is what long chunks need.
-MIXED_VARIANTS = (Variant.SHARED, Variant.ADAPTED | Variant.SHARED)
+def variants(*, is_decode: bool, can_carry: bool) -> tuple[Variant, ...]:
+    """Of decode steps or of mixed ones; the first of them is plain."""
+    adapters = [Variant.PLAIN, Variant.ADAPTED, *[Variant.CARRIED] * can_carry]
+    # Mixed steps always launch what shared prefixes need: it is what long chunks need.
+    shared = (Variant.PLAIN, Variant.SHARED) if is_decode else (Variant.SHARED,)
+    return tuple(adapter | share for share in shared for adapter in adapters)
+
+
 MAX_MIXED_ROWS = 2048
 
 

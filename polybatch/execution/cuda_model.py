@@ -16,7 +16,7 @@ import torch
 
 from polybatch.config import ModelSpec
 from polybatch.execution.cuda_stored import stored_product
-from polybatch.kernels.linear.cuda import PackedLinear
+from polybatch.kernels.linear.cuda import FloatLinear, PackedLinear
 from polybatch.kernels.norm.cuda import rms_norm
 from polybatch.models.quantized_weights import QuantizedTensor
 from polybatch.models.weights import LayerWeights, ModelWeights
@@ -88,6 +88,11 @@ class DeviceWeights:
             if progress is not None:
                 progress(index + 1, spec.num_layers)
 
+    def with_spare_columns(self) -> list[list[torch.Tensor]]:
+        """Per layer and product, weights as they lie, [out, in + spare]."""
+        held = [list(layer.products.values()) for layer in self.layers]
+        return [[linear.weight for linear in layer if isinstance(linear, FloatLinear)] for layer in held]
+
     @property
     def num_telling_layers(self) -> int:
         """The first layers, so many that they launch every kernel that the others do."""
@@ -149,7 +154,8 @@ class Workspace:
     """Intermediate values of a step: a buffer for each name of `workspace_shapes`.
 
     hidden: normalised values on their way into a product, then the product of o or down. last: normalised
-    rows that need logits.
+    rows that need logits. Rows of a product's input (PRODUCT_INPUTS) have so many spare elements behind them
+    as the weights have spare columns.
     """
 
     residual: torch.Tensor
@@ -162,23 +168,38 @@ class Workspace:
     logits: torch.Tensor
 
     def __init__(
-        self, spec: ModelSpec, max_tokens: int, max_logits: int, dtype: torch.dtype, device: torch.device
+        self,
+        spec: ModelSpec,
+        max_tokens: int,
+        max_logits: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        spare: int = 0,
     ) -> None:
-        for name, (shape, kind) in workspace_shapes(spec, max_tokens, max_logits, dtype).items():
-            setattr(self, name, torch.empty(shape, dtype=kind, device=device))
+        for name, (shape, kind) in workspace_shapes(spec, max_tokens, max_logits, dtype, spare).items():
+            buffer = torch.empty(shape, dtype=kind, device=device)
+            setattr(self, name, buffer[:, : shape[1] - spare] if name in PRODUCT_INPUTS else buffer)
+
+
+PRODUCT_INPUTS = ("hidden", "attention", "activated")
+
+
+def whole_rows(x: torch.Tensor) -> torch.Tensor:
+    """Rows of a product's input with their spare elements."""
+    return x.as_strided((x.shape[0], x.stride(0)), x.stride())
 
 
 def workspace_shapes(
-    spec: ModelSpec, max_tokens: int, max_logits: int, dtype: torch.dtype
+    spec: ModelSpec, max_tokens: int, max_logits: int, dtype: torch.dtype, spare: int = 0
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Buffers of a `Workspace` for max_tokens tokens and max_logits rows of logits, by name."""
     return {
         "residual": ((max_tokens, spec.hidden_size), dtype),
-        "hidden": ((max_tokens, spec.hidden_size), dtype),
+        "hidden": ((max_tokens, spec.hidden_size + spare), dtype),
         "qkv": ((max_tokens, spec.q_size + 2 * spec.kv_size), dtype),
-        "attention": ((max_tokens, spec.q_size), dtype),
+        "attention": ((max_tokens, spec.q_size + spare), dtype),
         "gate_up": ((max_tokens, 2 * spec.intermediate_size), dtype),
-        "activated": ((max_tokens, spec.intermediate_size), dtype),
+        "activated": ((max_tokens, spec.intermediate_size + spare), dtype),
         "last": ((max_logits, spec.hidden_size), dtype),
         "logits": ((max_logits, spec.vocab_size), torch.float32),
     }

@@ -15,7 +15,7 @@ import torch
 
 from polybatch.config import ModelSpec
 from polybatch.execution.cuda_adapters import CudaAdapters
-from polybatch.execution.cuda_model import FUSED, DeviceWeights
+from polybatch.execution.cuda_model import FUSED, DeviceWeights, whole_rows
 from polybatch.execution.cuda_step import Layout, PageTable, fill_tokens, token_fields
 from polybatch.execution.ranks import COLUMN_PARALLEL, Ranks
 from polybatch.execution.step_fields import StepFields
@@ -23,8 +23,10 @@ from polybatch.execution.vocabulary import Hosts, patch_embeddings
 from polybatch.kernels import sample
 from polybatch.kernels.activation.cuda import silu_mul
 from polybatch.kernels.embedding.cuda import embedding
+from polybatch.kernels.lora import carried as lora_carried
 from polybatch.kernels.lora import work as lora_work
 from polybatch.kernels.lora.cuda import CudaLora
+from polybatch.kernels.lora.cuda_carried import Carrier
 from polybatch.kernels.lora.cuda_fused import FusedLora
 from polybatch.kernels.norm.cuda import rms_norm
 from polybatch.kernels.ragged_attention import work as attention_work
@@ -62,6 +64,8 @@ class Shared:
     """Per layer, [num_pages, 2, KH, page_size, D]."""
     adapters: CudaAdapters
     lora: CudaLora
+    carrier: Carrier | None
+    """None where weights have no spare columns."""
     max_h: int
     sampled: torch.Tensor
     """[max_seqs] int32, tokens of the launch before."""
@@ -78,13 +82,15 @@ class Filled:
     """A plan in a stage's arrays.
 
     attention: per window of the model, what its plan came to. lora: what to launch for adapters, None for
-    nothing. hosts: of the step's adapters, those whose vocabulary layers differ.
+    nothing. carried: digest and template of the adapter that goes with the base model's products. hosts: of
+    the step's adapters, those whose vocabulary layers differ.
     """
 
     layout: Layout
     num_rows: int
     attention: dict[int | None, Work] = field(default_factory=dict)
     lora: lora_work.LoraPlan | None = None
+    carried: tuple[str, lora_work.Int32Array] | None = None
     hosts: Hosts = ()
     rescale: Rescale | None = None
 
@@ -113,7 +119,7 @@ class Stage:
         self.limits = self.limits_for(max_tokens, max_seqs)
         self._lora_limits = lora_work.LoraLimits(max_tokens, max_seqs, shared.max_h)
         fields = token_fields(max_tokens, max_logits) | sample.arrays(max_logits)
-        fields |= lora_work.arrays(self._lora_limits)
+        fields |= lora_work.arrays(self._lora_limits) | lora_carried.arrays()
         for window in self.windows:
             arrays = attention_work.arrays(self.limits)
             fields |= {_named(name, window): value for name, value in arrays.items()}
@@ -158,13 +164,27 @@ class Stage:
             segments = layout.segments.copy()
             segments[:, 2] = indices[segments[:, 2]]
             templates = shared.adapters.templates
-            filled.lora = lora_work.fill(
-                views, segments, templates, shared.lora.shapes, shared.max_h,
-                num_rows=num_rows, wide=self._wide, graph=graph, is_fused=self._can_fuse,
-            )  # fmt: skip
+            if self._carries(layout):
+                first, last, index = segments[0].tolist()
+                filled.carried = layout.digests[0], templates[index]
+                lora_carried.fill(views, first, last, templates[index])
+            else:
+                filled.lora = lora_work.fill(
+                    views, segments, templates, shared.lora.shapes, shared.max_h,
+                    num_rows=num_rows, wide=self._wide, graph=graph, is_fused=self._can_fuse,
+                )  # fmt: skip
         else:
             views["lora_bounds"][:1] = 0
         return filled
+
+    def _carries(self, layout: Layout) -> bool:
+        """Whether the step has one adapter alone, in one run of rows, and it pays to carry it."""
+        if self.shared.carrier is None or len(layout.segments) != 1:
+            return False
+        num_own = int(layout.segments[0, 1] - layout.segments[0, 0])
+        return lora_carried.pays(layout.num_tokens, num_own) and self.shared.adapters.can_carry(
+            layout.digests[0]
+        )
 
     def _groups(self, layout: Layout) -> list[attention_work.PrefixGroup]:
         if len(layout.chunks) < MIN_SHARERS or None not in self.windows:
@@ -187,7 +207,8 @@ class Stage:
 class StageOperations:
     """A step's operations over a stage's arrays; see `StepOperations`.
 
-    lora: what to launch for adapters, None for nothing. works: per window, which kinds of item attention
+    lora: what to launch for adapters, None for nothing. carries: whether the carrier holds the step's only
+    one, which is in the products then. works: per window, which kinds of item attention
     has, None for any within limits.
     """
 
@@ -197,6 +218,7 @@ class StageOperations:
         num_rows: int,
         *,
         lora: lora_work.LoraPlan | None,
+        carries: bool = False,
         works: Mapping[int | None, Work] | None = None,
         limits: attention_work.Limits | None = None,
         scratch: Scratch | None = None,
@@ -207,6 +229,7 @@ class StageOperations:
         self._stage, self._shared = stage, stage.shared
         self._num_rows = num_rows
         self._lora = lora
+        self._carrier = self._shared.carrier if carries else None
         self._works = works
         self._limits = limits or stage.limits
         self._scratch = scratch or stage.scratch
@@ -262,6 +285,10 @@ class StageOperations:
     def product(self, layer: int, name: str, x: torch.Tensor, out: torch.Tensor) -> None:
         shared, ranks = self._shared, self._shared.ranks
         linear = shared.weights.layers[layer].products[name]
+        if self._carrier is not None:
+            x = whole_rows(x)
+            if name != "down" or not self._carrier.takes_silu(self._num_rows):
+                self._carrier.shrink(GROUP_OF[name], layer, x, self._stage.fields.on["lora_carried"])
         if self._fused is not None and self._lora is not None:
             shared.lora.shrink_beside(
                 lambda: linear.forward(x, out), GROUP_OF[name], layer, x, self._rows(layer),
@@ -282,7 +309,9 @@ class StageOperations:
                 self._rescale(layer, name, out)
 
     def activate(self, layer: int, gate_up: torch.Tensor, out: torch.Tensor) -> None:
-        if self._fused is None:
+        if self._carrier is not None and self._carrier.takes_silu(self._num_rows):
+            self._carrier.silu_mul(layer, gate_up, whole_rows(out), self._stage.fields.on["lora_carried"])
+        elif self._fused is None:
             silu_mul(gate_up, out=out)
         else:
             self._fused.silu_mul(layer, self._rows(layer), gate_up, out)

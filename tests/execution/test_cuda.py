@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from helpers import Driver, HFWeights, random_adapter, random_tokens, tiny_model
+from helpers import Driver, HFWeights, Replays, random_adapter, random_tokens, tiny_model
 
 from polybatch.config import PoolSpec, SchedulerConfig
 from polybatch.engine.core import EngineCore
@@ -52,22 +51,6 @@ def test_a_mixed_batch_of_adapters_and_phases_gives_the_reference_logits(weights
         found.append(driver.run(seqs, [[8, 6, 8], [10, 1, 1]]))
     for expected, got in zip(*found, strict=True):
         torch.testing.assert_close(got.cpu(), expected, rtol=1e-4, atol=1e-4)
-
-
-class Replays:
-    """A ladder of graphs whose replays run what they would have captured."""
-
-    def __init__(self, sizes: list[int], run: Callable[[int, Variant, bool], None]) -> None:
-        self.sizes, self._run = sizes, run
-        self.replayed: list[tuple[int, Variant]] = []
-
-    def size_for(self, num_rows: int) -> int | None:
-        return next((size for size in self.sizes if size >= num_rows), None)
-
-    def replay(self, size: int, variant: Variant) -> None:
-        self.replayed.append((size, variant))
-        self._run(size, variant, True)
-        self._run(size, variant, False)
 
 
 def test_what_graphs_capture_gives_the_reference_logits_of_any_step_that_fits(weights: HFWeights) -> None:
@@ -189,7 +172,7 @@ def test_a_gpu_too_small_for_the_model_is_refused_with_numbers(monkeypatch: pyte
     assert 55 * 2**30 < left < 63 * 2**30
     assert cuda_memory.pool_bytes(spec, "bfloat16", "int4", "cuda", **limits) > left + 9 * 2**30
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (16 * 2**30, 80 * 2**30))
-    with pytest.raises(ConfigError, match=r"16\.0 GiB free; the weights take 15\.0.*use a quantization"):
+    with pytest.raises(ConfigError, match=r"16\.0 GiB free; the weights take 15\.1.*use a quantization"):
         cuda_memory.pool_bytes(spec, "bfloat16", None, "cuda", **limits)
 
 

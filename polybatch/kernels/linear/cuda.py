@@ -29,7 +29,7 @@ from polybatch.kernels.linear.quantize_symmetric import (
     quantize_int4_symmetric,
 )
 
-__all__ = ["Fp8Linear", "Int4Linear", "LinearWorkspace", "PackedLinear", "pack"]
+__all__ = ["FloatLinear", "Fp8Linear", "Int4Linear", "LinearWorkspace", "PackedLinear", "pack"]
 
 SCHEMES = (None, "int4", "int4-channel", "fp8")
 SCRATCH_BYTES = 128 << 20
@@ -54,13 +54,13 @@ class PackedLinear(Protocol):
 
 
 def pack(
-    weight: torch.Tensor | QuantizedTensor, scheme: str | None, workspace: LinearWorkspace
+    weight: torch.Tensor | QuantizedTensor, scheme: str | None, workspace: LinearWorkspace, spare: int = 0
 ) -> PackedLinear:
     """Put a weight [out, in] on the workspace's device in the layout of its scheme.
 
     scheme: None (activations' dtype), "int4" (groups of 128 inputs), "int4-channel" (one scale per output) or
     "fp8". Float weights are rounded to nearest; a QuantizedTensor keeps its values where the scheme is its
-    own kind and is dequantised where it is None.
+    own kind and is dequantised where it is None. spare: columns of 0 after a weight that is not packed.
     Raises ConfigError for a scheme or shape that the kernels do not know.
     """
     if scheme not in SCHEMES:
@@ -75,9 +75,9 @@ def pack(
                 f"use quantization {weight.kind!r} or None"
             )
         if scheme is None:
-            return FloatLinear(dequantize_symmetric(weight, workspace.dtype))
+            return FloatLinear(dequantize_symmetric(weight, workspace.dtype), spare)
     elif scheme is None:
-        return FloatLinear(weight.to(workspace.device, workspace.dtype).contiguous())
+        return FloatLinear(weight.to(workspace.device, workspace.dtype), spare)
     else:
         weight = weight.to(workspace.device)
     if workspace.dtype == torch.float32:
@@ -90,17 +90,25 @@ def pack(
 
 
 class FloatLinear:
-    """Weights in the activations' dtype, multiplied by cuBLAS."""
+    """Weights in the activations' dtype, multiplied by cuBLAS.
 
-    def __init__(self, weight: torch.Tensor) -> None:
-        self.weight = weight
+    weight: [out, in + spare]. Inputs may be as wide, [T, in + spare], and take all of it then.
+    """
+
+    def __init__(self, weight: torch.Tensor, spare: int = 0) -> None:
+        num_out, self._num_in = weight.shape
+        self.weight = weight.contiguous()
+        if spare:
+            self.weight = weight.new_zeros(num_out, self._num_in + spare)
+            self.weight[:, : self._num_in] = weight
+        self._whole, self._own = self.weight.T, self.weight[:, : self._num_in].T
 
     @property
     def num_bytes(self) -> int:
         return self.weight.numel() * self.weight.element_size()
 
     def forward(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        torch.mm(x, self.weight.T, out=out)
+        torch.mm(x, self._own if x.shape[1] == self._num_in else self._whole, out=out)
 
 
 class Int4Linear:
