@@ -109,9 +109,8 @@ class RemoteModel:
             raise ConfigError(f"--server {url} does not answer: {error}") from error
         if not listed:
             self._client.close()
-            raise ConfigError(
-                f"--server {url} says {response.status_code} to /v1/models: {response.text[:200]}"
-            )
+            said = _message(response.text) or response.text[:200]
+            raise ConfigError(f"--server {url} says {response.status_code} to /v1/models: {said}")
         self.model: str = model or listed[0]["id"]
         self.adapters = tuple(str(entry["id"]) for entry in listed if entry.get("parent"))
 

@@ -120,6 +120,8 @@ def test_a_key_is_sent_and_a_wrong_one_ends_the_run(
         args = ("batch", "--server", running.url, "-i", source, "-o", tmp_path / "out", "--quiet")
         assert run(*args, "--api-key", "wrong") == 2
         assert "refuses the key" in capsys.readouterr().err
+        assert run("chat", "--server", running.url, "--api-key", "wrong") == 2
+        assert "says 401 to /v1/models: the API key is wrong\n" in capsys.readouterr().err
         monkeypatch.setenv("POLYBATCH_API_KEY", "secret")
         assert run(*args) == 0
         assert len(texts_of(tmp_path / "out")) == 60
