@@ -11,7 +11,6 @@ from polybatch.cli.options import EngineOptions
 from polybatch.engine import stub
 from polybatch.engine.core import EngineCore
 from polybatch.errors import ConfigError
-from polybatch.models.builtin import cache_dir
 
 
 @contextmanager
@@ -32,8 +31,6 @@ def open_core(
 
     if not quiet:
         console.print(f"loading {options.chosen_model()}", markup=False, highlight=False)
-        if not (cache_dir() / "kernels").is_dir():
-            console.print("compiling kernels for this processor, which takes a while only this once")
     settings = options.engine_settings() | {"policy": policy, "chat_template": chat_template}
     with closing(LLM(options.chosen_model(), options.adapters(), **settings)) as llm:
         limit, own_limit = llm.core.max_model_len, llm.spec.max_position
