@@ -22,38 +22,34 @@ import numpy as np
 import torch
 
 from benchmarks.cuda.attention import LLAMA, READ_GB_S, TOLERANCE, Setup, Step, time_step
+from polybatch.kernels.ragged_attention import cuda
 from polybatch.kernels.ragged_attention import ragged_attention as reference
 from polybatch.kernels.ragged_attention.work import SharedTiles, Tile, Tiles
 
 BASE = Tiles(shared=None)
 NARROW = {
-    "64": BASE.narrow,  # two beside a wide program of at most 128 registers, one beside one of 168
-    "64 r104": replace(BASE.narrow, max_registers=104),
-    "64 r80": replace(BASE.narrow, max_registers=80),
-    "32 r64": replace(BASE.narrow, keys=32, max_registers=64),
+    "4 warps": cuda.SHARED.narrow,
+    "1 warp r128": Tile(16, 32, num_warps=1, num_stages=2, programs_per_sm=10, max_registers=128),
+    "1 warp r160": Tile(16, 32, num_warps=1, num_stages=2, programs_per_sm=10, max_registers=160),
+    "1 warp r160 pf": Tile(16, 32, 1, 2, 10, max_registers=160, prefetch=True),
+    "1 warp x3 r168": Tile(16, 32, num_warps=1, num_stages=3, programs_per_sm=6, max_registers=168),
 }
-# Below 144 registers the tile of 64 keys waits for each matrix instruction; three stages have keys in flight
-# while a turn computes, two do not.
-WIDE = {
-    "64x2 r128": BASE.wide,
-    "64x2 r144": replace(BASE.wide, max_registers=144, prefetch=True),
-    "64x3 r152": replace(BASE.wide, num_stages=3, max_registers=152, prefetch=True),
-    "64x3 r160": replace(BASE.wide, num_stages=3, max_registers=160, prefetch=True),
-    "64x3 r168": replace(BASE.wide, num_stages=3, max_registers=168, prefetch=True),
-    "32x4 r128": Tile(128, 32, num_warps=8, num_stages=4, max_registers=128, prefetch=True),
+PIPELINED = {
+    "beside": None,  # narrow programs on the multiprocessors of wide ones
+    "64x4": Tile(128, 64, num_stages=4),
+    "64x3": Tile(128, 64, num_stages=3),
+    "128x3": Tile(128, 128, num_stages=3),
 }
 PAIRS = [
-    ("64x2 r128", "64"),  # merged apart, all else as without
-    ("64x2 r128", "64 r80"),
-    ("64x2 r144", "64 r104"),
-    ("64x3 r152", "64 r104"),
-    ("64x3 r160", "32 r64"),
-    ("64x3 r168", "64 r80"),
-    ("32x4 r128", "64 r80"),
-    ("32x4 r128", "32 r64"),
+    ("beside", "4 warps"),
+    ("beside", "1 warp r128"),
+    *(("64x4", narrow) for narrow in NARROW),
+    ("64x3", "1 warp r160"),
+    ("128x3", "1 warp r160"),
 ]
-CONFIGS = {"none": BASE} | {
-    f"wide {wide}, narrow {narrow}": replace(BASE, shared=SharedTiles(NARROW[narrow], WIDE[wide]))
+ONE_WARP = replace(NARROW["1 warp r160"], programs_per_sm=4)
+CONFIGS = {"none": BASE, "none, 1 warp": replace(BASE, narrow=ONE_WARP)} | {
+    f"{wide}, {narrow}": replace(BASE, shared=SharedTiles(NARROW[narrow], cuda.SHARED.wide, PIPELINED[wide]))
     for wide, narrow in PAIRS
 }
 OWN = np.random.default_rng(4).integers(0, 128, 256)
@@ -65,11 +61,14 @@ CHECKS = [
     Step("in a window", [(512 + int(n), 1) for n in OWN[:60]], 512, 60, window=300),
 ]
 SHARED = [
-    Step("prefix 256 x (2048 + 64)", [(2111, 1)] * 256, 2048, 256),
-    Step("prefix 256 x (2048 + 96)", [(2143, 1)] * 256, 2048, 256),
-    Step("prefix 256 x (2048 + 1)", [(2048, 1)] * 256, 2048, 256),
-    Step("prefix 64 x (2048 + 96)", [(2143, 1)] * 64, 2048, 64),
-    Step("prefix 12 x (2048 + 96)", [(2143, 1)] * 12, 2048, 12),
+    Step(f"prefix {members} x ({prefix} + {own})", [(prefix + own - 1, 1)] * members, prefix, members)
+    for prefix, own, members in (
+        *((2048, own, 256) for own in (64, 96, 128, 32, 1)),
+        *((2048, 96, members) for members in (128, 64, 12)),
+        (8192, 96, 256),
+        (4096, 32, 256),
+        (512, 96, 256),
+    )
 ]
 UNCHANGED = [
     Step("decode 256 x 96", [(95, 1)] * 256),
@@ -132,7 +131,7 @@ def time_all(steps: list[Step], names: list[str]) -> list[dict[str, float | str]
             row |= {"graph_us": graph * 1e6, "read_us": kv_bytes / READ_GB_S / 1e3}
             rows.append(row)
             print(
-                f"{step.name:26} {name:30} exact {row['us']:7.1f} graph {row['graph_us']:7.1f} us, "
+                f"{step.name:26} {name:22} exact {row['us']:7.1f} graph {row['graph_us']:7.1f} us, "
                 f"reads alone {row['read_us']:6.1f}, {step.flop(LLAMA) / exact / 1e12:4.0f} TFLOP/s"
                 + (f", before {BEFORE[step.name]:.1f}" if step.name in BEFORE else ""),
                 flush=True,
@@ -152,7 +151,7 @@ def main() -> None:
     right = [name for name, worst in checks.items() if worst < limit]
     for name, worst in checks.items():
         print(f"{'right' if name in right else 'WRONG'} {worst:.2e} < {limit:.0e} {name}", flush=True)
-    rows = time_all(SHARED, right) + time_all(UNCHANGED, ["none"])
+    rows = time_all(SHARED, right) + time_all(UNCHANGED, ["none", "none, 1 warp"])
     if options.out:
         configs = {name: asdict(tiles) for name, tiles in CONFIGS.items()}
         device = torch.cuda.get_device_name(0)

@@ -30,6 +30,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 PAGE = 16
 SMALL = Tiles(narrow=Tile(16, 16, num_stages=1), wide=Tile(32, 32, num_stages=1))
+LARGE = Heads(16, 1, 128)
 SHARED = replace(SMALL, shared=SharedTiles(Tile(16, 32, num_stages=1), Tile(32, 16, num_stages=1)))
 
 
@@ -202,6 +203,55 @@ def test_parts_merged_apart_equal_the_reference(shared, members, others, window,
     groups = [(shared, list(range(len(members))))]
     case = Case(chunks, groups, window=window, num_sms=num_sms, seed=seed, tiles=SHARED, is_decode=True)
     assert check(case)[0].num_wide > 0
+
+
+@settings(max_examples=2, deadline=None)
+@given(
+    shared=st.integers(1, 6),
+    members=st.lists(st.integers(0, 70), min_size=9, max_size=10),
+    others=st.lists(st.tuples(st.integers(0, 90), st.integers(1, 8)), max_size=2),
+    is_decode=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_two_pages_a_turn_by_one_warp_equal_the_reference(shared, members, others, is_decode, seed):
+    narrow = Tile(16, 2 * PAGE, num_warps=1, num_stages=1)
+    tiles = replace(SMALL, narrow=narrow, shared=SharedTiles(narrow, SMALL.wide))
+    chunks = [(shared * PAGE + context, 1) for context in members] + others
+    check(Case(chunks, [(shared, list(range(len(members))))], tiles=tiles, is_decode=is_decode, seed=seed))
+
+
+def test_one_warp_begins_in_the_middle_of_a_page():
+    tiles = replace(SMALL, narrow=Tile(16, 2 * PAGE, num_warps=1, num_stages=1))
+    check(Case([(90, 1), (40, 3), (20, 1)], ranges=[[21, 91], [17, 30], [7, 7]], tiles=tiles))
+
+
+@pytest.mark.skipif(not cuda.runs_pipelined(), reason="needs a Hopper GPU and the Triton it was written for")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("heads", "keys", "num_sms"), [(Heads(32, 8, 128), 64, 132), (Heads(6, 2, 64), 64, 3), (LARGE, 128, 5)]
+)
+def test_the_pipelined_kernel_equals_the_reference(heads, dtype, keys, num_sms):
+    members = 2 * 128 // heads.group + 3  # two wide items and some of a third
+    pipelined = Tile(128, keys, num_stages=3)
+    tiles = Tiles(shared=SharedTiles(Tile(16, 32, num_warps=1, num_stages=2), Tile(128, 32), pipelined))
+    chunks = [(21 * PAGE + i % 50, 1) for i in range(members)] + [(30, 1), (5, 1)]
+    long = (70, 128 // heads.group)  # whose own positions mask wide items
+    case = Case(
+        [*chunks, long], [(21, list(range(members)))], heads=heads, dtype=dtype, tiles=tiles, num_sms=num_sms,
+        is_decode=True, seed=keys,
+    )  # fmt: skip
+    assert check(case)[0].num_wide > 3
+
+
+@pytest.mark.parametrize(("prefix", "programs"), [(128, 64), (512, 128)])
+def test_wide_programs_fill_half_of_the_multiprocessors_unless_prefixes_are_long(prefix, programs):
+    heads, members = Heads(32, 8, 128), list(range(256))
+    tiles = Tiles(shared=SharedTiles(Tile(16, 32), Tile(128, 32), pipelined=Tile(128, 64)))
+    chunks = [(prefix * PAGE + 95, 1)] * 256
+    case = Case(chunks, [(prefix, members)], heads=heads, tiles=tiles, num_sms=132)
+    assert plan(case)[2].num_wide * heads.num_kv_heads == programs
+    beside = replace(case, tiles=replace(tiles, shared=SharedTiles(Tile(16, 32), Tile(128, 32))))
+    assert plan(beside)[2].num_wide * heads.num_kv_heads == 128
 
 
 @settings(max_examples=3, deadline=None)

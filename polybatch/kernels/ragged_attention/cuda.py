@@ -12,7 +12,8 @@ room that these leave on the SMs; the last of them waits for the wide ones, so t
 A token in several items leaves its parts in scratch memory. Whoever finishes a row's last part, as the
 row's counter tells, merges all of them in the order of their numbers and sets the counter back to zero.
 Where decoding rows share a prefix, a launch of its own merges instead: programs then neither count nor wait
-for their parts to be written, and without code that merges they need fewer registers.
+for their parts to be written, and without code that merges they need fewer registers. On Hopper GPUs the wide
+items of such steps go to `hopper.py`, whose programs fill half of the SMs, and narrow ones have the rest.
 
 Sources: online softmax (Milakov and Gimelshein 2018), FlashAttention-2 (Dao 2023), Flash-Decoding (Dao et
 al. 2023), PagedAttention (Kwon et al. 2023).
@@ -31,6 +32,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from polybatch.kernels.ragged_attention.turns import page_turns, turns
 from polybatch.kernels.ragged_attention.work import Heads, Limits, SharedTiles, Tile, Tiles
 
 LOG2_E = 1.4426950408889634
@@ -42,52 +44,13 @@ SHARED = SharedTiles(
     narrow=Tile(16, 32, num_stages=2, programs_per_sm=4, max_registers=64, prefetch=True),
     wide=Tile(128, 32, num_warps=8, num_stages=4, max_registers=128, prefetch=True),
 )
-
-
-@triton.jit
-def _turns(
-    q, page, begin, end, seen_by_all, position, pool, page_stride, table, scale,
-    D: tl.constexpr, D_PAD: tl.constexpr, V_OFFSET: tl.constexpr, PAGE: tl.constexpr,
-    WINDOW: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    """Online softmax over keys begin to end, KEYS a turn: (largest score, sum of weights, weighted values).
-
-    page: page ids of the first turn. seen_by_all: keys before it are seen by every row; turns that end
-    there are not masked.
-    """
-    d = tl.arange(0, D_PAD)
-    offset = tl.arange(0, KEYS)
-    m = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, D_PAD], tl.float32)
-    for start in range(begin, end, KEYS):
-        key = start + offset
-        at = pool + (page.to(tl.int64) * page_stride + (key % PAGE) * D)[:, None] + d[None, :]
-        # Page ids are read a turn ahead: the pipeline then waits for one load, not for one after the other.
-        page = tl.load(table + (key + KEYS) // PAGE, mask=key + KEYS < end, other=0)
-        # Slots past the end may hold NaN, which a weight of zero would not silence.
-        held = (key < end)[:, None]
-        if D < D_PAD:
-            held &= (d < D)[None, :]
-        k = tl.load(at, mask=held, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        # Small tiles are masked at every turn: a branch would cost them more.
-        if ROWS <= 16 or WINDOW > 0 or start + KEYS > seen_by_all:
-            seen = (key[None, :] <= position[:, None]) & (key < end)[None, :]
-            if WINDOW > 0:
-                seen &= key[None, :] > position[:, None] - WINDOW
-            scores = tl.where(seen, scores, float("-inf"))
-        top = tl.maximum(m, tl.max(scores, 1) * scale)
-        # A row that has seen nothing yet keeps -inf; its exponents use 0 instead.
-        base = tl.where(top == float("-inf"), 0.0, top)
-        weights = tl.exp2(scores * scale - base[:, None])
-        correction = tl.exp2(m - base)
-        total = total * correction + tl.sum(weights, 1)
-        acc = acc * correction[:, None]
-        v = tl.load(at + V_OFFSET, mask=held, other=0.0)
-        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
-        m = top
-    return m, total, acc
+SHARED_HOPPER = replace(
+    SHARED,
+    narrow=Tile(16, 32, num_warps=1, num_stages=3, programs_per_sm=6, max_registers=168),
+    pipelined=Tile(128, 64, num_stages=4, programs_per_sm=1),
+)
+# `hopper.py` is written in Triton's Gluon, which may change from version to version.
+GLUON_VERSIONS = ("3.6",)
 
 
 @triton.jit
@@ -234,11 +197,16 @@ def _run_item(
         cells = rows[:, None] & (d < D)[None, :]
         q_at = (token.to(tl.int64) * q_stride + head * D)[:, None] + d[None, :]
         q = tl.load(q_ptr + q_at, mask=cells, other=0.0)
-        m, total, acc = _turns(
-            q, page, begin, end, tl.minimum(first_position + 1, end), position,
-            pool_ptr + kv_head * PAGE * D, page_stride, table, scale,
-            D, D_PAD, V_OFFSET, PAGE, WINDOW, ROWS, KEYS,
-        )  # fmt: skip
+        pool = pool_ptr + kv_head * PAGE * D
+        if WARPS == 1 and KEYS == 2 * PAGE and WINDOW == 0 and D_PAD == D:
+            m, total, acc = page_turns(
+                q, begin, end, position, pool, page_stride, table, scale, D, V_OFFSET, PAGE, ROWS
+            )
+        else:
+            m, total, acc = turns(
+                q, page, begin, end, tl.minimum(first_position + 1, end), position, pool, page_stride, table,
+                scale, D, D_PAD, V_OFFSET, PAGE, WINDOW, ROWS, KEYS,
+            )  # fmt: skip
         if not parts_early:
             first, num_tokens = tl.load(item), tl.load(item + 1)
             part, flags = tl.load(item + 5), tl.load(item + 6)
@@ -368,7 +336,14 @@ def choose_tiles(heads: Heads, dtype: torch.dtype) -> Tiles:
             narrow=replace(tiles.narrow, max_registers=None),
             wide=replace(tiles.wide, max_registers=None),
         )
-    return replace(tiles, shared=SHARED)
+    return replace(tiles, shared=SHARED_HOPPER if heads.head_dim == 128 and runs_pipelined() else SHARED)
+
+
+def runs_pipelined() -> bool:
+    """Whether the current device runs what `hopper.py` compiles to, and Triton can compile it."""
+    if triton.__version__.rpartition(".")[0] not in GLUON_VERSIONS or not torch.cuda.is_available():
+        return False
+    return torch.version.hip is None and torch.cuda.get_device_capability() == (9, 0)
 
 
 def _padded(heads: Heads) -> int:
@@ -409,8 +384,8 @@ def ragged_attention(
         kind's launch out.
     lse: [T, H] float32 contiguous or None, natural logarithm as in the package's contract.
     is_dependent: start while the kernel before ends (programmatic dependent launch). `work`, positions and
-        page_table must have been on the device before that kernel began; q and kv_pages are read, and out
-        written, after its end.
+        page_table, and the pages of prefixes that are shared, must have been on the device before that kernel
+        began; q and other pages are read, and out written, after its end.
     is_decode: chunks are short and only shared prefixes are wide: take `tiles.shared` where there are both.
     num_sms: of the device; no more wide programs of `tiles.shared` start, all of which narrow ones await.
     """
@@ -419,6 +394,7 @@ def ragged_attention(
     has_both = num_narrow > 0 and num_wide > 0
     merge_apart = is_decode and has_both and tiles.shared is not None
     pair = tiles.shared if merge_apart and tiles.shared is not None else tiles
+    pipelined = tiles.shared.pipelined if tiles.shared is not None and window is None else None
     first, second = (DEPENDENT, BESIDE) if is_dependent else (AFTER, AFTER)
     sizes = {"H": heads.num_heads, "D": heads.head_dim, "D_PAD": _padded(heads), "HAS_LSE": lse is not None}
     lse = out if lse is None else lse
@@ -432,11 +408,23 @@ def ragged_attention(
         num_programs = count * heads.num_kv_heads
         if is_looped and num_sms is not None:
             num_programs = min(num_programs, num_sms)
+        rows = (q, q.stride(0), out, out.stride(0), lse)
+        pages = (kv_pages, kv_pages.stride(0), page_table, page_table.stride(0))
+        planned = [work["attention_num_items"][index:], work[items]]
+        planned += [work["attention_tokens"], work["attention_parts"]]
+        if is_looped and pipelined is not None:
+            from polybatch.kernels.ragged_attention import hopper  # only where Triton has what it needs
+
+            hopper.wide_attention_kernel[(num_programs,)](
+                *rows, *pages, *planned, scratch.out, scratch.lse, scale * LOG2_E,
+                H=heads.num_heads, KH=heads.num_kv_heads, D=heads.head_dim, PAGE=page_size,
+                HAS_LSE=sizes["HAS_LSE"], ROWS=pipelined.rows, KEYS=pipelined.keys,
+                STAGES=pipelined.num_stages, IS_DEPENDENT=is_dependent, launch_pdl=is_dependent,
+                num_warps=hopper.WARPS.value, maxnreg=hopper.MAX_REGISTERS,
+            )  # fmt: skip
+            continue
         ragged_attention_kernel[(num_programs,)](
-            q, q.stride(0), out, out.stride(0), lse, kv_pages, kv_pages.stride(0), page_table,
-            page_table.stride(0), positions, work["attention_num_items"][index:], work[items],
-            work["attention_tokens"], work["attention_parts"], scratch.out, scratch.lse, scratch.counters,
-            scale * LOG2_E,
+            *rows, *pages, positions, *planned, scratch.out, scratch.lse, scratch.counters, scale * LOG2_E,
             **sizes, KH=heads.num_kv_heads, PAGE=page_size, WINDOW=window or 0, ROWS=tile.rows,
             KEYS=tile.keys, START=start.value, WARPS=tile.num_warps, PREFETCH=tile.prefetch,
             MERGE_APART=merge_apart, LOOP=is_looped, launch_pdl=is_dependent, num_warps=tile.num_warps,

@@ -29,6 +29,9 @@ IntArray = npt.NDArray[np.integer]
 # position of the first token, at least the key after the last for a group's.
 ITEM_FIELDS = 8
 IS_PART, IS_GROUP = 1, 2
+# What a narrow item's key costs the device, in keys of a wide item on one multiprocessor; what it costs to
+# begin with narrow items when wide ones have ended. Read from benchmarks/cuda/attention_prefix.py's times.
+NARROW_COST, LATE_COST = 0.0116, 600
 # Levels of a tree of shared pages that the search for groups goes down; it bounds the search's time.
 MAX_BRANCHINGS = 8
 
@@ -41,6 +44,7 @@ class Tile:
     keys: keys that one turn of the loop takes. num_warps, num_stages: Triton's.
     programs_per_sm: programs that an SM holds at once. max_registers: per thread, None for the compiler's
         choice. prefetch: bring an item's first keys and values to the L2 cache while the kernel before ends.
+    Narrow programs of one warp that take two pages a turn compute their addresses with fewer instructions.
     """
 
     rows: int
@@ -56,11 +60,15 @@ class Tile:
 class SharedTiles:
     """Configurations of decode steps in which rows share a prefix, with as many rows as those of `Tiles`.
 
-    Wide programs have keys in flight while they compute and leave room for narrow ones beside them.
+    wide: its programs have keys in flight while they compute and leave room for narrow ones beside them.
+    pipelined: of `hopper.py`, in wide's place where there is no window. A program fills a multiprocessor, so
+        wide items are cut for half of them, and narrow ones have the rest; where the prefix is so long that
+        this takes longer than one kind after the other, for all.
     """
 
     narrow: Tile
     wide: Tile
+    pipelined: Tile | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +262,8 @@ def fill(
         (~is_wide, tiles.narrow, 0.5), (is_wide, tiles.wide, 0.5 if has_wide_chunk else 0.01)
     ):  # fmt: skip
         slots = tiles.waves * _num_slots(heads, tile, num_sms)
+        if tile is tiles.wide and not has_wide_chunk and window is None:
+            slots *= _wide_share(length, is_wide, heads, tiles, num_sms)
         step[chosen] = _cut(length[chosen], tile.keys, slots, tiles.min_part_keys, rounding)
     num_parts = np.maximum(-(-length // step), 1)
 
@@ -417,6 +427,17 @@ def _cut(length: IntArray, turn: int, num_slots: float, least: int, rounding: fl
     num_parts = np.maximum((length / target + rounding).astype(np.int64), 1)
     step: IntArray = np.maximum(-(-length // (num_parts * turn)), 1) * turn
     return step
+
+
+def _wide_share(
+    length: IntArray, is_wide: npt.NDArray[np.bool_], heads: Heads, tiles: Tiles, num_sms: int
+) -> float:
+    """The part of the multiprocessors that wide programs should fill."""
+    if tiles.shared is None or tiles.shared.pipelined is None:
+        return 1.0
+    wide = float(length[is_wide].sum()) * heads.num_kv_heads / num_sms
+    narrow = float(length[~is_wide].sum()) * heads.num_kv_heads * NARROW_COST
+    return 1.0 if wide > narrow + LATE_COST else 0.5
 
 
 def _tokens_per_item(heads: Heads, tile: Tile) -> int:
