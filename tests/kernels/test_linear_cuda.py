@@ -26,6 +26,7 @@ from polybatch.kernels.linear.quantize_symmetric import (
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_HOPPER = DEVICE == "cuda" and cuda._has_hopper(torch.device("cuda"))
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
@@ -126,6 +127,56 @@ def test_int4_is_the_same_with_scaled_weights_and_shorter_steps(
     linear.reserve([(20, config)])
     result = poisoned(20, 200, torch.bfloat16)
     linear.forward_fused(x.to(DEVICE), result, config)
+    assert relative_error(result, expected) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.skipif(not HAS_HOPPER, reason="the kernel is for Hopper GPUs")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("tokens", "config"),
+    [
+        (17, Int4Config(32, 64, 4, 4, 2, True, True)),
+        (33, Int4Config(64, 128, 1, 4, 2, True, True)),
+        (64, Int4Config(64, 64, 3, 4, 3, True, True)),
+        (130, Int4Config(128, 256, 2, 16, 2, True, True)),
+    ],
+)
+def test_hoppers_int4_kernel_gives_the_dequantised_product_bit_for_bit_the_same_each_time(
+    tokens: int, config: Int4Config, dtype: torch.dtype
+) -> None:
+    weight = random_int4(14, 200, 1304, 128, False)
+    x = draw(15, tokens, 1304, dtype=dtype)
+    expected = x.double() @ dequantize_symmetric(weight).double().T
+    linear = Int4Linear(pack_int4(weight.to(DEVICE)), workspace(dtype, 256))
+    linear.reserve([(tokens, config)])
+    results = [poisoned(tokens, 200, dtype) for _ in range(3)]
+    for result in results:  # The counters must be zero again after a launch.
+        linear.forward_fused(x.to(DEVICE), result, config)
+        assert relative_error(result, expected) < TOLERANCE[dtype]
+        assert torch.equal(result, results[0])
+
+
+@pytest.mark.skipif(not HAS_HOPPER, reason="the kernel is for Hopper GPUs")
+@pytest.mark.parametrize("tokens", [33, 100, 700])
+def test_rows_behind_the_last_token_change_nothing(tokens: int) -> None:
+    weight = random_int4(18, 384, 512, 128, False)
+    linear = pack(weight, "int4", workspace(max_tokens=1024))
+    rows = draw(19, 1024, 512, dtype=torch.bfloat16).to(DEVICE)
+    rows[tokens:] = torch.nan
+    alone, among = (poisoned(tokens, 384, torch.bfloat16) for _ in range(2))
+    linear.forward(rows[:tokens].clone(), alone)
+    linear.forward(rows[:tokens], among)
+    expected = rows[:tokens].double().cpu() @ dequantize_symmetric(weight).double().T
+    assert relative_error(alone, expected) < TOLERANCE[torch.bfloat16]
+    assert torch.equal(alone, among)
+
+
+def test_rows_that_begin_between_16_byte_boundaries_are_multiplied_too() -> None:
+    weight = random_int4(16, 128, 256, 128, False)
+    x = draw(17, 40, 259, dtype=torch.bfloat16).to(DEVICE)[:, 3:]
+    result = poisoned(40, 128, torch.bfloat16)
+    pack(weight, "int4", workspace()).forward(x, result)
+    expected = x.double().cpu() @ dequantize_symmetric(weight).double().T
     assert relative_error(result, expected) < TOLERANCE[torch.bfloat16]
 
 
@@ -273,10 +324,27 @@ def test_forward_refuses_tensors_that_do_not_fit() -> None:
         linear.forward(x[:2, :64], poisoned(2, 8, torch.bfloat16))
 
 
-@settings(max_examples=60, deadline=None)
-@given(tokens=st.integers(1, 512), rows=st.integers(1, 300), k_tiles=st.integers(1, 120))
-def test_every_program_of_a_configuration_has_inputs(tokens: int, rows: int, k_tiles: int) -> None:
-    config = int4_config(tokens, rows * 128, k_tiles)
+@settings(max_examples=100, deadline=None)
+@given(
+    tokens=st.integers(1, 2048),
+    rows=st.integers(1, 300),
+    k_tiles=st.integers(1, 120),
+    is_hopper=st.booleans(),
+)
+def test_every_program_of_a_configuration_has_inputs(
+    tokens: int, rows: int, k_tiles: int, is_hopper: bool
+) -> None:
+    config = int4_config(tokens, rows * 128, k_tiles, is_hopper)
     assert 1 <= config.split <= k_tiles
     assert (rows * 128) % config.block_out == 0
     assert (config.parts_at_a_time == 0) == (config.split == 1)
+    assert is_hopper or not config.is_hopper
+
+
+@pytest.mark.parametrize("tokens", [33, 64, 128, 512, 2048])
+@pytest.mark.parametrize(("rows", "k_tiles"), [(6144, 16), (4096, 16), (28672, 16), (4096, 56), (384, 3)])
+def test_hoppers_buffers_fit_into_shared_memory(tokens: int, rows: int, k_tiles: int) -> None:
+    config = int4_config(tokens, rows, k_tiles, is_hopper=True)
+    if config.is_hopper:
+        words, x = config.block_out * 64 * 2, config.block_m * 256 * 2
+        assert config.num_stages * (words + x + 8) <= 232_448

@@ -36,8 +36,10 @@ SCRATCH_BYTES = 128 << 20
 """Of widened weights at a time: few pieces, because a product of part of the rows fills the device badly."""
 FUSED_TOKENS = 512
 """Above this many tokens, int4 weights are widened and multiplied by cuBLAS."""
+HOPPER_FUSED_TOKENS = 2048
+"""The same where Hopper's kernel serves the layer."""
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-_LADDER = (8, 16, 32, 64, *range(128, FUSED_TOKENS + 1, 128))
+_LADDER = (8, 16, 32, 64, *range(128, HOPPER_FUSED_TOKENS + 1, 128))
 
 
 class PackedLinear(Protocol):
@@ -112,15 +114,19 @@ class FloatLinear:
 
 
 class Int4Linear:
-    """4-bit weights: the fused kernel up to FUSED_TOKENS tokens, above it widened weights and cuBLAS."""
+    """4-bit weights: a fused kernel up to some number of tokens, above it widened weights and cuBLAS."""
 
     def __init__(self, layout: Int4Layout, workspace: LinearWorkspace) -> None:
         self.layout = layout
         self._workspace = workspace
         self._chunk_rows = _chunk_rows(layout, workspace)
-        configs = [(m, int4_config(m, layout.rows, layout.k_tiles)) for m in _LADDER]
-        self.reserve(configs)
-        if workspace.max_tokens > FUSED_TOKENS:
+        self._is_hopper = layout.is_grouped and layout.offsets is None and _has_hopper(workspace.device)
+        self._fused_tokens = HOPPER_FUSED_TOKENS if self._is_hopper else FUSED_TOKENS
+        self._descriptors: dict[int, Any] = {}
+        for is_hopper in {False, self._is_hopper}:
+            steps = {min(m, self._fused_tokens) for m in _LADDER}
+            self.reserve([(m, self._config(m, is_hopper)) for m in steps])
+        if workspace.max_tokens > self._fused_tokens:
             workspace.reserve("widened", self._chunk_rows * layout.num_in, workspace.dtype)
 
     @property
@@ -138,24 +144,29 @@ class Int4Linear:
     def forward(self, x: torch.Tensor, out: torch.Tensor) -> None:
         num_tokens = x.shape[0]
         check_product(x, out, self.layout.num_in, self.layout.num_out, self._workspace)
-        if num_tokens > FUSED_TOKENS:
+        if num_tokens > self._fused_tokens:
             self.forward_widened(x, out)
         elif num_tokens:
-            self.forward_fused(x, out, int4_config(num_tokens, self.layout.rows, self.layout.k_tiles))
+            self.forward_fused(x, out, self._config(num_tokens, self._is_hopper and _has_aligned_rows(x)))
+
+    def _config(self, num_tokens: int, is_hopper: bool) -> Int4Config:
+        return int4_config(num_tokens, self.layout.rows, self.layout.k_tiles, is_hopper)
 
     def forward_fused(self, x: torch.Tensor, out: torch.Tensor, config: Int4Config) -> None:
         """One launch. The workspace must have been reserved for the configuration."""
-        grid, arguments, options = self._launch(x, out, config)
-        int4_linear_kernel[grid](*arguments, **options)
+        kernel, grid, arguments, options = self._launch(x, out, config)
+        kernel[grid](*arguments, **options)
 
     def compile_fused(self, x: torch.Tensor, out: torch.Tensor, config: Int4Config) -> None:
         """Compile what forward_fused would launch; inside triton.AsyncCompileMode many at a time."""
-        grid, arguments, options = self._launch(x, out, config)
-        int4_linear_kernel.warmup(*arguments, grid=grid, **options)
+        kernel, grid, arguments, options = self._launch(x, out, config)
+        kernel.warmup(*arguments, grid=grid, **options)
 
     def _launch(
         self, x: torch.Tensor, out: torch.Tensor, config: Int4Config
-    ) -> tuple[tuple[int, int, int], tuple[Any, ...], dict[str, Any]]:
+    ) -> tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]:
+        if config.is_hopper:
+            return self._launch_hopper(x, out, config)
         layout = self.layout
         grid = (-(-x.shape[0] // config.block_m), layout.rows // config.block_out, config.split)
         arguments = (
@@ -177,7 +188,32 @@ class Int4Linear:
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
         }
-        return grid, arguments, options
+        return int4_linear_kernel, grid, arguments, options
+
+    def _launch_hopper(
+        self, x: torch.Tensor, out: torch.Tensor, config: Int4Config
+    ) -> tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]:
+        # Gluon is Triton's experimental part, which other GPUs and other versions do without.
+        from polybatch.kernels.linear import cuda_int4_hopper as hopper
+
+        layout = self.layout
+        if config.block_out not in self._descriptors:
+            self._descriptors[config.block_out] = hopper.words_descriptor(layout.words, config.block_out)
+        grid = (-(-x.shape[0] // config.block_m), layout.rows // config.block_out * config.split)
+        arguments = (
+            self._descriptors[config.block_out], hopper.x_descriptor(x, config.block_m), layout.scales, out,
+            self._workspace.buffer("partials"), self._workspace.buffer("arrived"), x.shape[0], layout.num_out,
+            layout.rows, layout.k_tiles, out.stride(0),
+        )  # fmt: skip
+        options: dict[str, Any] = {
+            "BLOCK_M": config.block_m,
+            "BLOCK_OUT": config.block_out,
+            "SPLIT": config.split,
+            "STAGES": config.num_stages,
+            "SCALES_BF16": layout.scales_bf16,
+            "num_warps": config.num_warps,
+        }
+        return hopper.int4_linear_hopper_kernel, grid, arguments, options
 
     def forward_widened(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Rows of weights by the chunk: widen them into scratch, multiply."""
@@ -203,6 +239,18 @@ class Int4Linear:
                 num_warps=4,
             )
             torch.mm(x, weight.T, out=out[:, first : first + num_rows])
+
+
+def _has_hopper(device: torch.device) -> bool:
+    """Whether Hopper's kernel runs there: on its GPUs, with the version of Gluon it was written for."""
+    if device.type != "cuda" or _INTERPRETED:
+        return False
+    return torch.cuda.get_device_capability(device) == (9, 0) and triton.__version__.startswith("3.6.")
+
+
+def _has_aligned_rows(x: torch.Tensor) -> bool:
+    """Whether the bulk copy engine can read x."""
+    return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
 
 
 def _chunk_rows(layout: Int4Layout, workspace: LinearWorkspace) -> int:
