@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -25,8 +26,22 @@ from polybatch.adapters.weights import AdapterWeights
 from polybatch.config import CUDA_DTYPES, ModelSpec, PoolSpec
 from polybatch.errors import ConfigError, EngineError
 from polybatch.execution.cuda_adapters import CudaAdapters
-from polybatch.execution.cuda_graphs import GraphLadder, Variant, ladder, mixed_ladder, variants
-from polybatch.execution.cuda_model import DeviceWeights, Workspace, run_head, run_layers, whole_rows
+from polybatch.execution.cuda_graphs import (
+    MAX_MIXED_ROWS,
+    GraphLadder,
+    Variant,
+    ladder,
+    mixed_ladder,
+    variants,
+)
+from polybatch.execution.cuda_model import (
+    SPARE_OF,
+    DeviceWeights,
+    Workspace,
+    run_head,
+    run_layers,
+    with_spare,
+)
 from polybatch.execution.cuda_stage import Filled, Rescale, Shared, Stage, StageOperations
 from polybatch.execution.cuda_step import Array, Int64s, PageTable, lay_out
 from polybatch.execution.page_memory import TORCH_DTYPES, PageMemory, page_bytes
@@ -35,7 +50,7 @@ from polybatch.execution.sharding import row_spec
 from polybatch.execution.vocabulary import patch_logits
 from polybatch.kernels import sample
 from polybatch.kernels.linear.cuda import LinearWorkspace, pack
-from polybatch.kernels.lora.carried import COLUMNS
+from polybatch.kernels.lora.carried import MIN_ROWS
 from polybatch.kernels.lora.cuda import CudaLora
 from polybatch.kernels.lora.cuda_carried import Carrier
 from polybatch.kernels.lora.work import (
@@ -47,6 +62,7 @@ from polybatch.kernels.lora.work import (
 )
 from polybatch.kernels.ragged_attention.cuda import choose_tiles
 from polybatch.kernels.ragged_attention.work import Heads, Work
+from polybatch.kernels.rehearsal import rehearsal
 from polybatch.kernels.sample.cuda import DeviceSampler, SampleParams
 from polybatch.kernels.write_kv.cuda import rope_table
 from polybatch.models.rope import rope_frequencies
@@ -120,9 +136,10 @@ class CudaExecutor:
         began = time.perf_counter()
         linear_space = LinearWorkspace(where, kind, max_num_tokens)
         # Packed weights have no spare columns; of cut ones each rank would need h of all.
-        spare = COLUMNS if quantization is None and ranks.size == 1 else 0
+        has_spare = quantization is None and ranks.size == 1
         self._weights = DeviceWeights(
-            weights, kind, where, lambda weight: pack(weight, quantization, linear_space, spare),
+            weights, kind, where,
+            lambda name, weight: pack(weight, quantization, linear_space, SPARE_OF[name] * has_spare),
             lambda done, total: report("weights", done, total), quantization,
         )  # fmt: skip
         if self._is_cuda:
@@ -131,7 +148,7 @@ class CudaExecutor:
         self.memory = PageMemory(spec, self._pool, dtype, device)
         # Logits are where the sampler is.
         own_logits = self._max_logits if ranks.rank == 0 else 0
-        self._space = Workspace(spec, max_num_tokens, own_logits, kind, where, spare)
+        self._space = Workspace(spec, max_num_tokens, own_logits, kind, where, has_spare)
         self._table = PageTable(max_num_seqs, -(-max_model_len // page_size) + 1, where)
         self._adapters = self._make_adapters(rows, kind)
         num_sms = (
@@ -146,7 +163,7 @@ class CudaExecutor:
         layers = range(spec.num_layers)
         pages = self.memory.arena.view(kind).flatten(1)
         carrier = None
-        if spare:
+        if has_spare:
             held = self._weights.with_spare_columns()
             carrier = Carrier(held, shapes, pages, self._adapters.words, lora.launcher)
         shared = Shared(
@@ -181,20 +198,19 @@ class CudaExecutor:
         self.startup_s["kernels"] = (compiled := time.perf_counter()) - loaded
         if graphs and self._is_cuda:
             self._graphs = GraphLadder(
-                ladder(max_num_seqs), variants(is_decode=True, can_carry=spare > 0), self._run_decode, where,
+                ladder(max_num_seqs), partial(self._variants, is_decode=True), self._run_decode, where,
                 lambda done, total: report("graphs", done, total),
             )  # fmt: skip
             sizes = mixed_ladder(max_num_tokens)
             if ranks.size > 1:
                 # With exchanges between GPUs inside, each takes some 0.4 s to capture.
                 sizes = sizes[::-4][::-1]
-            of_mixed = variants(is_decode=False, can_carry=spare > 0)
             self._mixed_graphs = GraphLadder(
-                sizes, of_mixed, self._run_mixed, where,
+                sizes, partial(self._variants, is_decode=False), self._run_mixed, where,
                 lambda done, total: report("graphs of mixed steps", done, total),
             )  # fmt: skip
             if ranks.size == 1:
-                self._mixed_graphs.drop_dominated(of_mixed[0])
+                self._mixed_graphs.drop_dominated()
         self.startup_s["graphs"] = time.perf_counter() - compiled
 
     @property
@@ -362,30 +378,47 @@ class CudaExecutor:
 
     @torch.no_grad()
     def _warm_up(self) -> None:
-        """Compile what mixed steps launch, so that none of them waits for a compiler."""
-        is_first = self._ranks.rank == 0
+        """Compile what steps launch, so that none of them waits for a compiler."""
         stage, num_rows = self._mixed, min(16, *self._limits[:2])
         stage.fields.open()["slots"][:num_rows] = -1
         stage.fields.send()
+        with rehearsal(os.cpu_count() or 1):
+            for narrow, wide in ((1, 0), (0, 1), (1, 1)):
+                works = {window: Work(narrow, wide, num_partials=0) for window in stage.windows}
+                self._rehearse(StageOperations(stage, num_rows, lora=None, works=works), num_rows)
+            if self._ranks.size > 1:
+                return
+            for plan in common_mixed_plans():
+                self._rehearse(StageOperations(stage, num_rows, lora=plan, works=works), num_rows)
+            self._rehearse_carrier(stage)
+            # Of graphs, the smallest and the largest; in between kernels are the same.
+            for is_decode, most in ((True, self._limits[1]), (False, min(self._limits[0], MAX_MIXED_ROWS))):
+                run = self._run_decode if is_decode else self._run_mixed
+                for size in (1, most) if is_decode else (most,):
+                    for variant in self._variants(size, is_decode):
+                        run(size, variant, True)
+
+    def _rehearse(self, operations: StageOperations, num_rows: int) -> None:
+        stage, is_first = self._mixed, self._ranks.rank == 0
         rows = stage.fields.on["logit_rows"][: num_rows if is_first else 0]
-        for narrow, wide in ((1, 0), (0, 1), (1, 1)):
-            works = {window: Work(narrow, wide, num_partials=0) for window in stage.windows}
-            operations = StageOperations(stage, num_rows, lora=None, works=works)
-            run_layers(self._weights, self._space, operations, num_rows)
-            logits = run_head(self._weights, self._space, operations, rows, num_rows)
-            if is_first:
-                params = SampleParams(*(stage.fields.on[name] for name in sample.arrays(0)))
-                self._sampler.sample(logits, params, self._shared.sampled, self._finite)
-        if self._ranks.size == 1:
-            space, on = self._space, stage.fields.on["lora_carried"]
-            inputs = (space.hidden, space.attention, space.hidden, space.activated)
-            with self._shared.lora.rehearsal(os.cpu_count() or 1):
-                if self._shared.carrier is not None:
-                    self._shared.carrier.rehearse([whole_rows(x) for x in inputs], space.gate_up, on)
-                for plan in common_mixed_plans():
-                    operations = StageOperations(stage, num_rows, lora=plan, works=works)
-                    run_layers(self._weights, self._space, operations, num_rows)
-                    run_head(self._weights, self._space, operations, rows, num_rows)
+        run_layers(self._weights, self._space, operations, num_rows)
+        logits = run_head(self._weights, self._space, operations, rows, num_rows)
+        if is_first:
+            params = SampleParams(*(stage.fields.on[name] for name in sample.arrays(0)))
+            self._sampler.sample(logits, params, self._shared.sampled, self._finite)
+
+    def _rehearse_carrier(self, stage: Stage) -> None:
+        if self._shared.carrier is None:
+            return
+        space = self._space
+        inputs = (space.hidden, space.attention, space.hidden, space.activated)
+        wide = [with_spare(x, name) for name, x in zip(SPARE_OF, inputs, strict=True)]
+        self._shared.carrier.rehearse(wide, space.gate_up, stage.fields.on["lora_carried"])
+
+    def _variants(self, num_rows: int, is_decode: bool) -> tuple[Variant, ...]:
+        """Of the graphs of so many rows."""
+        can_carry = self._shared.carrier is not None and num_rows >= MIN_ROWS
+        return variants(is_decode=is_decode, can_carry=can_carry)
 
     def _fits_graph(self, filled: Filled, launched: LoraPlan) -> bool:
         """Whether a graph that launches this for adapters launches all that the step needs."""

@@ -54,7 +54,7 @@ def mixed_ladder(max_rows: int) -> list[int]:
 
 
 class GraphLadder:
-    """Graphs of `run(rows, variant, False)` for every size, ascending, and every variant.
+    """Graphs of `run(rows, variant, False)` for every size, ascending, and its variants.
 
     run: launches a step of so many rows on the current stream; with True, each of its kernels at least once.
     progress: told of graphs done and their number. Largest first, so that all share its memory.
@@ -63,7 +63,7 @@ class GraphLadder:
     def __init__(
         self,
         sizes: list[int],
-        variants: Sequence[Variant],
+        variants: Callable[[int], Sequence[Variant]],
         run: Callable[[int, Variant, bool], None],
         device: torch.device,
         progress: Callable[[int, int], None] | None = None,
@@ -72,7 +72,7 @@ class GraphLadder:
         self._graphs: dict[tuple[int, Variant], torch.cuda.CUDAGraph] = {}
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        todo = [(size, variant) for size in reversed(sizes) for variant in variants]
+        todo = [(size, variant) for size in reversed(sizes) for variant in variants(size)]
         for done, (size, variant) in enumerate(todo, 1):
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
@@ -87,8 +87,8 @@ class GraphLadder:
                 progress(done, len(todo))
         torch.cuda.synchronize(device)
 
-    def drop_dominated(self, variant: Variant) -> None:
-        """Forget sizes whose graph takes no less time than a larger one's.
+    def drop_dominated(self) -> None:
+        """Forget sizes whose plainest graph takes no less time than a larger one's.
 
         Which kernel the vendor's library takes for a product differs by its number of rows, and 832 rows may
         take longer than 1,024. Replays run over whatever lies in the arrays.
@@ -96,7 +96,8 @@ class GraphLadder:
         kept: list[int] = []
         least = float("inf")
         for size in reversed(self.sizes):
-            taken = min(self._time(size, variant) for _ in range(2))
+            plainest = min((variant for of, variant in self._graphs if of == size), key=lambda v: v.value)
+            taken = min(self._time(size, plainest) for _ in range(2))
             if taken < least:
                 kept.append(size)
                 least = taken

@@ -11,9 +11,8 @@ import torch
 
 from polybatch.config import ModelSpec
 from polybatch.errors import ConfigError
-from polybatch.execution.cuda_model import workspace_shapes
+from polybatch.execution.cuda_model import FUSED, SPARE_OF, workspace_shapes
 from polybatch.execution.page_memory import TORCH_DTYPES
-from polybatch.kernels.lora.carried import COLUMNS
 from polybatch.kernels.ragged_attention.cuda import choose_tiles
 from polybatch.kernels.ragged_attention.work import Heads, make_limits
 
@@ -72,8 +71,10 @@ def pool_bytes(
 def weight_bytes(spec: ModelSpec, dtype: str, quantization: str | None) -> int:
     """Bytes of the weights as `DeviceWeights` holds them."""
     itemsize = TORCH_DTYPES[dtype].itemsize
-    spare = COLUMNS if quantization is None else 0
-    per_layer = sum(out * (into + spare) for out, into in spec.linear_shapes.values())
+    per_layer = sum(out * into for out, into in spec.linear_shapes.values())
+    if quantization is None:
+        for name, parts in FUSED.items():
+            per_layer += SPARE_OF[name] * sum(spec.linear_shapes[f"{part}_proj"][0] for part in parts)
     bits = _BITS.get(quantization) or 8.0 * itemsize
     vocabulary = spec.vocab_size * spec.hidden_size * (1 if spec.tie_embeddings else 2)
     return int(spec.num_layers * per_layer * bits / 8) + vocabulary * itemsize
@@ -91,7 +92,7 @@ def step_bytes(
 ) -> int:
     """Bytes of the buffers that every step uses."""
     kind = TORCH_DTYPES[dtype]
-    shapes = workspace_shapes(spec, max_num_tokens, max_num_logits, kind, COLUMNS)
+    shapes = workspace_shapes(spec, max_num_tokens, max_num_logits, kind, has_spare=True)
     values = sum(math.prod(shape) * held.itemsize for shape, held in shapes.values())
     heads = Heads(spec.num_heads, spec.num_kv_heads, spec.head_dim)
     scratch = 0

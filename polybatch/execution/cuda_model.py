@@ -17,12 +17,16 @@ import torch
 from polybatch.config import ModelSpec
 from polybatch.execution.cuda_stored import stored_product
 from polybatch.kernels.linear.cuda import FloatLinear, PackedLinear
+from polybatch.kernels.lora.carried import SPARE
 from polybatch.kernels.norm.cuda import rms_norm
 from polybatch.models.quantized_weights import QuantizedTensor
 from polybatch.models.weights import LayerWeights, ModelWeights
 
 FUSED = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 """Products of a layer and the projections that each joins, along their outputs."""
+
+SPARE_OF = dict(zip(FUSED, SPARE, strict=True))
+"""Spare columns of each product's weights, and spare elements of its input, where an adapter is carried."""
 
 
 class HeadLinear:
@@ -56,7 +60,7 @@ class Layer:
 class DeviceWeights:
     """All weights of a model on one device.
 
-    pack: how the linear weights of the decoder layers are held.
+    pack: how the linear weights of the decoder layers are held, each with the name of its product.
     progress: told of layers done and their number. scheme: of pack; weights that the checkpoint stores in it
         are packed as they are stored.
     """
@@ -66,7 +70,7 @@ class DeviceWeights:
         weights: ModelWeights,
         dtype: torch.dtype,
         device: torch.device,
-        pack: Callable[[torch.Tensor | QuantizedTensor], PackedLinear],
+        pack: Callable[[str, torch.Tensor | QuantizedTensor], PackedLinear],
         progress: Callable[[int, int], None] | None = None,
         scheme: str | None = None,
     ) -> None:
@@ -119,7 +123,7 @@ class DeviceWeights:
 def _hold(
     layer: LayerWeights,
     place: Callable[[torch.Tensor], torch.Tensor],
-    pack: Callable[[torch.Tensor | QuantizedTensor], PackedLinear],
+    pack: Callable[[str, torch.Tensor | QuantizedTensor], PackedLinear],
     stored: dict[str, QuantizedTensor | None],
 ) -> Layer:
     products: dict[str, PackedLinear] = {}
@@ -128,9 +132,9 @@ def _hold(
         kept = stored[name]
         if kept is None:
             placed = [place(getattr(layer, part)) for part in parts]
-            products[name] = pack(placed[0] if len(placed) == 1 else torch.cat(placed))
+            products[name] = pack(name, placed[0] if len(placed) == 1 else torch.cat(placed))
         else:
-            products[name] = pack(kept)
+            products[name] = pack(name, kept)
         found = [getattr(layer, f"{part}_bias") for part in parts]
         if any(bias is not None for bias in found):
             sizes = [getattr(layer, part).shape[0] for part in parts]
@@ -153,13 +157,14 @@ def _hold(
 class Workspace:
     """Intermediate values of a step: a buffer for each name of `workspace_shapes`.
 
-    hidden: normalised values on their way into a product, then the product of o or down. last: normalised
-    rows that need logits. Rows of a product's input (PRODUCT_INPUTS) have so many spare elements behind them
-    as the weights have spare columns.
+    hidden: normalised values on their way into a product. product: that of o or down. last: normalised
+    rows that need logits. Where weights have spare columns, rows of the products' inputs have spare elements
+    behind them.
     """
 
     residual: torch.Tensor
     hidden: torch.Tensor
+    product: torch.Tensor
     qkv: torch.Tensor
     attention: torch.Tensor
     gate_up: torch.Tensor
@@ -174,32 +179,32 @@ class Workspace:
         max_logits: int,
         dtype: torch.dtype,
         device: torch.device,
-        spare: int = 0,
+        has_spare: bool = False,
     ) -> None:
-        for name, (shape, kind) in workspace_shapes(spec, max_tokens, max_logits, dtype, spare).items():
-            buffer = torch.empty(shape, dtype=kind, device=device)
-            setattr(self, name, buffer[:, : shape[1] - spare] if name in PRODUCT_INPUTS else buffer)
+        wide = workspace_shapes(spec, max_tokens, max_logits, dtype, has_spare)
+        for name, ((rows, width), kind) in workspace_shapes(spec, max_tokens, max_logits, dtype).items():
+            buffer = torch.empty(wide[name][0], dtype=kind, device=device)
+            setattr(self, name, buffer[:rows, :width])
 
 
-PRODUCT_INPUTS = ("hidden", "attention", "activated")
-
-
-def whole_rows(x: torch.Tensor) -> torch.Tensor:
-    """Rows of a product's input with their spare elements."""
-    return x.as_strided((x.shape[0], x.stride(0)), x.stride())
+def with_spare(x: torch.Tensor, name: str) -> torch.Tensor:
+    """Rows of a workspace's buffer with their spare elements, as input of a product."""
+    return x.as_strided((x.shape[0], x.shape[1] + SPARE_OF[name]), x.stride())
 
 
 def workspace_shapes(
-    spec: ModelSpec, max_tokens: int, max_logits: int, dtype: torch.dtype, spare: int = 0
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    spec: ModelSpec, max_tokens: int, max_logits: int, dtype: torch.dtype, has_spare: bool = False
+) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
     """Buffers of a `Workspace` for max_tokens tokens and max_logits rows of logits, by name."""
+    spare = SPARE_OF if has_spare else dict.fromkeys(SPARE_OF, 0)
     return {
         "residual": ((max_tokens, spec.hidden_size), dtype),
-        "hidden": ((max_tokens, spec.hidden_size + spare), dtype),
+        "hidden": ((max_tokens, spec.hidden_size + max(spare["qkv"], spare["gate_up"])), dtype),
+        "product": ((max_tokens, spec.hidden_size), dtype),
         "qkv": ((max_tokens, spec.q_size + 2 * spec.kv_size), dtype),
-        "attention": ((max_tokens, spec.q_size + spare), dtype),
+        "attention": ((max_tokens, spec.q_size + spare["o"]), dtype),
         "gate_up": ((max_tokens, 2 * spec.intermediate_size), dtype),
-        "activated": ((max_tokens, spec.intermediate_size + spare), dtype),
+        "activated": ((max_tokens, spec.intermediate_size + spare["down"]), dtype),
         "last": ((max_logits, spec.hidden_size), dtype),
         "logits": ((max_logits, spec.vocab_size), torch.float32),
     }
@@ -255,22 +260,23 @@ def run_layers(
     residual, hidden = space.residual[:num_rows], space.hidden[:num_rows]
     qkv, attention = space.qkv[:num_rows], space.attention[:num_rows]
     gate_up, activated = space.gate_up[:num_rows], space.activated[:num_rows]
+    product = space.product[:num_rows]
     step.embed(residual)
     for index, layer in enumerate(weights.layers[:num_layers]):
         if index == 0:
             rms_norm(residual, layer.input_norm, weights.spec.rms_norm_eps, out=hidden)
         else:
-            step.add_norm(index - 1, "down", hidden, residual, layer.input_norm, hidden)
+            step.add_norm(index - 1, "down", product, residual, layer.input_norm, hidden)
         step.product(index, "qkv", hidden, qkv)
         step.attend(index, qkv, attention)
-        step.product(index, "o", attention, hidden)
-        _add_bias(hidden, layer.biases.get("o"))
-        step.add_norm(index, "o", hidden, residual, layer.post_attention_norm, hidden)
+        step.product(index, "o", attention, product)
+        _add_bias(product, layer.biases.get("o"))
+        step.add_norm(index, "o", product, residual, layer.post_attention_norm, hidden)
         step.product(index, "gate_up", hidden, gate_up)
         _add_bias(gate_up, layer.biases.get("gate_up"))
         step.activate(index, gate_up, activated)
-        step.product(index, "down", activated, hidden)
-        _add_bias(hidden, layer.biases.get("down"))
+        step.product(index, "down", activated, product)
+        _add_bias(product, layer.biases.get("down"))
 
 
 def run_head(
@@ -280,10 +286,10 @@ def run_head(
 
     logit_rows: [L] int32, -1 for none: such a row's logits mean nothing.
     """
-    residual, hidden = space.residual[:num_rows], space.hidden[:num_rows]
+    residual, product = space.residual[:num_rows], space.product[:num_rows]
     count = len(logit_rows)
     last, logits = space.last[:count], space.logits[:count]
-    step.add_norm(len(weights.layers) - 1, "down", hidden, residual, weights.final_norm, last, logit_rows)
+    step.add_norm(len(weights.layers) - 1, "down", product, residual, weights.final_norm, last, logit_rows)
     if count:
         weights.lm_head.forward(last, logits)
     return logits

@@ -15,7 +15,7 @@ import torch
 
 from polybatch.config import ModelSpec
 from polybatch.execution.cuda_adapters import CudaAdapters
-from polybatch.execution.cuda_model import FUSED, DeviceWeights, whole_rows
+from polybatch.execution.cuda_model import FUSED, DeviceWeights, with_spare
 from polybatch.execution.cuda_step import Layout, PageTable, fill_tokens, token_fields
 from polybatch.execution.ranks import COLUMN_PARALLEL, Ranks
 from polybatch.execution.step_fields import StepFields
@@ -286,7 +286,7 @@ class StageOperations:
         shared, ranks = self._shared, self._shared.ranks
         linear = shared.weights.layers[layer].products[name]
         if self._carrier is not None:
-            x = whole_rows(x)
+            x = with_spare(x, name)
             if name != "down" or not self._carrier.takes_silu(self._num_rows):
                 self._carrier.shrink(GROUP_OF[name], layer, x, self._stage.fields.on["lora_carried"])
         if self._fused is not None and self._lora is not None:
@@ -310,7 +310,9 @@ class StageOperations:
 
     def activate(self, layer: int, gate_up: torch.Tensor, out: torch.Tensor) -> None:
         if self._carrier is not None and self._carrier.takes_silu(self._num_rows):
-            self._carrier.silu_mul(layer, gate_up, whole_rows(out), self._stage.fields.on["lora_carried"])
+            self._carrier.silu_mul(
+                layer, gate_up, with_spare(out, "down"), self._stage.fields.on["lora_carried"]
+            )
         elif self._fused is None:
             silu_mul(gate_up, out=out)
         else:

@@ -110,8 +110,8 @@ def step(executor: CudaExecutor, adapters: list[AdapterWeights]) -> None:
 
 
 def test_what_the_columns_cannot_hold_is_added_as_ever(weights: HFWeights, executor: CudaExecutor) -> None:
-    wide = random_adapter(weights.spec, dict.fromkeys(("q_proj", "k_proj", "v_proj"), 22), name="wide")
-    long = random_adapter(weights.spec, {"down_proj": 65}, name="long")
+    wide = random_adapter(weights.spec, dict.fromkeys(("q_proj", "k_proj", "v_proj"), 43), name="wide")
+    long = random_adapter(weights.spec, {"o_proj": 65}, name="long")
     scaled = random_adapter(weights.spec, {"q_proj": 4}, dense=True, name="scaled")
     one, other = (random_adapter(weights.spec, {"q_proj": 4}, name=name) for name in ("one", "other"))
     executor.arena.fill_(0xFF)

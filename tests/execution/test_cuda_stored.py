@@ -48,7 +48,7 @@ def write(
 def held(weights: CheckpointWeights, scheme: str | None, dtype: torch.dtype) -> DeviceWeights:
     space = LinearWorkspace(DEVICE, dtype, 512)
     return DeviceWeights(
-        weights, dtype, torch.device(DEVICE), lambda weight: pack(weight, scheme, space), scheme=scheme
+        weights, dtype, torch.device(DEVICE), lambda _, weight: pack(weight, scheme, space), scheme=scheme
     )
 
 

@@ -2,7 +2,7 @@
 
     y = W x + B h = [W, B] [x, h],  h = A x
 
-Every weight matrix has COLUMNS spare columns, every input of a product as many spare elements per row. While
+Every weight matrix has SPARE columns more, every input of a product as many elements per row. While
 one adapter is *carried*, its B stands in those columns and its h in those elements, so that the base product
 adds the adapter on the way, and no kernel that follows knows of it. Rows without the adapter have h = 0.
 
@@ -20,8 +20,10 @@ import numpy as np
 
 from polybatch.kernels.lora.work import GROUPS, RANK, TILE_FIELDS, Int32Array
 
-COLUMNS = 64
-"""Spare columns of a weight matrix: what a matrix product's kernel takes at a time."""
+SPARE = (128, 64, 64, 128)
+"""Spare columns of each group's weights, in units of what a product's kernel takes at a time. More where
+inputs are long, or modules many, and the weights are not: rank 16 has at least two parts then.
+"""
 
 BLOCK = 16
 
@@ -41,7 +43,7 @@ def arrays() -> dict[str, tuple[tuple[int, ...], type[np.int32]]]:
 
 def fits(template: Int32Array) -> bool:
     """Whether the columns hold an adapter of these ranks. template: [groups, TILE_FIELDS]."""
-    return bool((template[:, RANK] <= COLUMNS).all())
+    return bool((template[:, RANK] <= SPARE).all())
 
 
 def pays(num_rows: int, num_own: int) -> bool:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from polybatch.adapters.layout import ALIGN_BYTES
-from polybatch.kernels.lora.carried import BLOCK, COLUMNS, FIRST_ROW, LAST_ROW, RECORDS
+from polybatch.kernels.lora.carried import BLOCK, FIRST_ROW, LAST_ROW, RECORDS, SPARE
 from polybatch.kernels.lora.cuda_delta import KEEP
 from polybatch.kernels.lora.work import (
     A_WORD,
@@ -31,7 +31,7 @@ from polybatch.kernels.lora.work import (
     Int32Array,
 )
 
-_BLOCK, _COLUMNS = tl.constexpr(BLOCK), tl.constexpr(COLUMNS)
+_BLOCK = tl.constexpr(BLOCK)
 _FIRST_ROW, _LAST_ROW = tl.constexpr(FIRST_ROW), tl.constexpr(LAST_ROW)
 _RANK, _STRIDE, _A_WORD = tl.constexpr(RANK), tl.constexpr(STRIDE), tl.constexpr(A_WORD)
 _MODULE, _MODULE_FIELDS, _ABSENT = tl.constexpr(MODULE), tl.constexpr(MODULE_FIELDS), tl.constexpr(ABSENT)
@@ -67,7 +67,7 @@ PLACE_OUTS = 128
 class Carrier:
     """Weights of one model with spare columns, and the adapter that stands in them.
 
-    weights: per layer and group, [out, in + COLUMNS], all of one dtype on one device. shapes: of the groups.
+    weights: per layer and group, [out, in + SPARE], all of one dtype on one device. shapes: of the groups.
     pages: [layers, elements], the pool in that dtype; words: from `CudaAdapters`. launcher: of `CudaLora`.
     """
 
@@ -103,10 +103,11 @@ class Carrier:
             outs = (*shape.outs, 0, 0)
             grid = (len(self._weights), triton.cdiv(sum(outs), PLACE_OUTS))
             self._launcher(place_kernel, grid)(
-                self._addresses[group], shape.num_in + COLUMNS, self._pages, self._pages.stride(0),
+                self._addresses[group], shape.num_in + SPARE[group], self._pages, self._pages.stride(0),
                 self._words, _record(on, group),
                 NUM_IN=shape.num_in, OUT_0=outs[0], OUT_1=outs[1], OUT_2=outs[2],
-                UNIT=self._unit, BLOCK_N=PLACE_OUTS, LARGEST=torch.finfo(self._pages.dtype).max, num_warps=4,
+                COLUMNS=SPARE[group], UNIT=self._unit, BLOCK_N=PLACE_OUTS,
+                LARGEST=torch.finfo(self._pages.dtype).max, num_warps=4,
             )  # fmt: skip
 
     def rehearse(self, inputs: Sequence[torch.Tensor], gate_up: torch.Tensor, on: torch.Tensor) -> None:
@@ -120,18 +121,18 @@ class Carrier:
             self.silu_mul(0, gate_up, inputs[-1], on)
 
     def shrink(self, group: int, layer: int, x: torch.Tensor, on: torch.Tensor) -> None:
-        """Write h into the last COLUMNS elements of x's rows: 0 in rows that are not the adapter's.
+        """Write h into the last SPARE elements of x's rows: 0 in rows that are not the adapter's.
 
-        x: [T, in + COLUMNS], of one group's products in one layer.
+        x: [T, in + SPARE], of one group's products in one layer.
         """
         shape, num_rows = self._shapes[group], len(x)
         blockings = EXACT_BLOCKINGS if self._is_exact else BLOCKINGS
         blocking = next(blocking for most, blocking in blockings if num_rows <= most)
-        grid = (COLUMNS // BLOCK, triton.cdiv(num_rows, blocking.tokens))
+        grid = (SPARE[group] // BLOCK, triton.cdiv(num_rows, blocking.tokens))
         self._launcher(shrink_carried_kernel, grid)(
             x, x.stride(0), self._pages[layer], self._words, on, _record(on, group), layer, num_rows,
-            NUM_IN=shape.num_in, UNIT=self._unit, BLOCK_T=blocking.tokens, BLOCK_K=blocking.columns,
-            SPLIT=blocking.split, STAGES=blocking.num_stages, EXACT=self._is_exact,
+            NUM_IN=shape.num_in, COLUMNS=SPARE[group], UNIT=self._unit, BLOCK_T=blocking.tokens,
+            BLOCK_K=blocking.columns, SPLIT=blocking.split, STAGES=blocking.num_stages, EXACT=self._is_exact,
             num_warps=blocking.num_warps,
         )  # fmt: skip
 
@@ -142,12 +143,12 @@ class Carrier:
     def silu_mul(self, layer: int, gate_up: torch.Tensor, out: torch.Tensor, on: torch.Tensor) -> None:
         """`activation.cuda.silu_mul`, and h of down as `shrink` leaves it, while what it reads is at hand.
 
-        gate_up: [T, 2 N]. out: [T, N + COLUMNS].
+        gate_up: [T, 2 N]. out: [T, N + SPARE].
         """
         tokens, columns, num_warps, num_stages = SILU_TILES
         group = len(self._shapes) - 1
         width = self._shapes[group].num_in
-        grid = (COLUMNS // BLOCK, triton.cdiv(len(out), tokens))
+        grid = (SPARE[group] // BLOCK, triton.cdiv(len(out), tokens))
         self._launcher(silu_mul_carried_kernel, grid)(
             gate_up, gate_up.stride(0), out, out.stride(0), self._pages[layer], self._words, on,
             _record(on, group), layer, len(out), WIDTH=width, UNIT=self._unit, BLOCK_T=tokens,
@@ -160,17 +161,17 @@ def _record(on: torch.Tensor, group: int) -> torch.Tensor:
 
 
 @triton.jit
-def _parts(rank):
+def _parts(rank, COLUMNS: tl.constexpr):
     """Blocks of columns that one copy of B takes, and how many copies there are."""
     num_blocks = tl.maximum(tl.cdiv(rank, _BLOCK), 1)
-    return num_blocks, _COLUMNS // _BLOCK // num_blocks
+    return num_blocks, COLUMNS // _BLOCK // num_blocks
 
 
 @triton.jit(do_not_specialize_on_alignment=["record"])
 def place_kernel(
     addresses, stride, pages, layer_stride, words, record,
     NUM_IN: tl.constexpr, OUT_0: tl.constexpr, OUT_1: tl.constexpr, OUT_2: tl.constexpr,
-    UNIT: tl.constexpr, BLOCK_N: tl.constexpr, LARGEST: tl.constexpr,
+    COLUMNS: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     """Grid: layers, blocks of a group's outputs, whose spare columns are written, 0 where B has none.
 
@@ -178,13 +179,13 @@ def place_kernel(
     """
     layer = tl.program_id(0)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    column = tl.arange(0, _COLUMNS)
-    num_blocks, num_parts = _parts(tl.load(record + _RANK))
+    column = tl.arange(0, COLUMNS)
+    num_blocks, num_parts = _parts(tl.load(record + _RANK), COLUMNS)
     row = tl.where(column < num_parts * num_blocks * _BLOCK, column % (num_blocks * _BLOCK), -1)
     memory = pages + layer.to(tl.int64) * layer_stride
     word = words + layer * tl.load(record + _STRIDE)
     kind = pages.dtype.element_ty
-    b = tl.zeros([_COLUMNS, BLOCK_N], kind)
+    b = tl.zeros([COLUMNS, BLOCK_N], kind)
     b = _module_b(b, 0, n, OUT_0, row, record, word, memory, UNIT)
     if OUT_1:
         b = _module_b(b, 1, n - OUT_0, OUT_1, row, record, word, memory, UNIT)
@@ -215,14 +216,14 @@ def _module_b(
 @triton.jit(do_not_specialize=["layer", "num_rows"], do_not_specialize_on_alignment=["on", "record"])
 def shrink_carried_kernel(
     x, x_stride, memory, words, on, record, layer, num_rows,
-    NUM_IN: tl.constexpr, UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr, STAGES: tl.constexpr, EXACT: tl.constexpr,
+    NUM_IN: tl.constexpr, COLUMNS: tl.constexpr, UNIT: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Grid: blocks of columns, tiles of tokens."""
     first_row, last_row = tl.load(on + _FIRST_ROW), tl.load(on + _LAST_ROW)
     rank = tl.load(record + _RANK, eviction_policy=KEEP)
     word = tl.load(record + _A_WORD, eviction_policy=KEEP) + layer * tl.load(record + _STRIDE)
-    num_blocks, num_parts = _parts(rank)
+    num_blocks, num_parts = _parts(rank, COLUMNS)
     block = tl.program_id(0)
     part = block // num_blocks
     row = (block % num_blocks) * _BLOCK + tl.arange(0, _BLOCK)
