@@ -69,6 +69,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ttft-rate", type=float, default=8.0)
     parser.add_argument("--many-adapters", type=int, default=1000, help="registered in G6")
     parser.add_argument("--few-adapters", type=int, default=64)
+    parser.add_argument("--adapter-cluster", type=int, help="of the engine in all pieces but G6cluster")
     parser.add_argument("--in-process", action="store_true", help="run the pieces here, in this process")
     arguments = parser.parse_args(argv)
     unknown = set(arguments.only.split(",")) - set(ALL)
@@ -174,6 +175,8 @@ def _pieces(arguments: argparse.Namespace) -> dict[str, Piece]:
     from polybatch.models.random_weights import open_random
 
     options = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(Setup) if f.name in arguments}
+    if arguments.adapter_cluster is not None:
+        options["options"] = {"adapter_cluster": arguments.adapter_cluster}
     setup = Setup(**{**options, "rates": tuple(float(rate) for rate in arguments.rates.split(","))})
     file = arguments.out / "ceilings.json"
     read = json.loads(file.read_text()).get("ceilings") if file.exists() else None
