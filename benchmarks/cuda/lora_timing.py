@@ -234,12 +234,16 @@ def tune(pool: Pool, base: Base, results: list) -> None:
         Step(pool, segments_of(counts), sum(counts), wide=True, is_fused=True)
         for counts in ([8192], [327] * 25)
     ]
-    norms = [(1 << 14, 8), (1 << 15, 16), (1 << 16, 16)]
+    norms = [(1 << 14, 8), (1 << 15, 8), (1 << 16, 16)]
     options = {
-        "SILU_ROWS": ("silu_mul", narrow, [(512, 16, 8, 4), (1024, 16, 8, 8), (512, 16, 8, 8)]),
+        "SILU_ROWS": (
+            "silu_mul",
+            narrow,
+            [(512, 16, 4, 3), (512, 16, 4, 2), (1024, 16, 8, 3)],
+        ),
         "NORM_ROWS": ("norm of o", narrow[1:], norms),
         "NORM_ROWS_ALONE": ("norm of o", narrow[:1], norms),
-        "WRITE_ROWS": ("write_kv", narrow, [(4, 16, 2), (2, 16, 2), (4, 16, 4)]),
+        "WRITE_ROWS": ("write_kv", narrow, [(4, 16, 8, 2), (4, 16, 4, 2), (4, 16, 16, 4)]),
         "SILU_TILES": ("silu_mul", wide, [(64, 4, 3), (64, 8, 3), (128, 8, 3)]),
         "NORM_TILES": (
             "norm of o",

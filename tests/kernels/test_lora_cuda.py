@@ -204,10 +204,10 @@ def test_tiles_are_dense_where_enough_narrow_rows_share_them():
     world = build_world(shapes, [[{"q_proj": ModuleRows(4)}]], 4096, torch.float32,
                         torch.Generator().manual_seed(0))  # fmt: skip
     views = arrays_of(LoraLimits(200, 4))
-    segments = np.array([(0, work.LEAD_ROWS - 1, 0), (5, 5 + 16 + work.LEAD_ROWS, 0), (30, 100, 0)])
+    segments = np.array([(0, work.FEW_ROWS, 0), (5, 5 + 17 + work.FEW_ROWS, 0), (30, 100, 0)])
     work.fill(views, segments, world.templates, world.groups, 1 << 20, num_rows=101, wide=True)
     dense = np.flatnonzero(views["lora_rows"][work.LEADS, :101] == work.DENSE)
-    assert dense.tolist() == list(range(5, 21 + work.LEAD_ROWS))
+    assert dense.tolist() == list(range(5, 22 + work.FEW_ROWS))
 
 
 @given(
@@ -241,7 +241,8 @@ def test_units_hold_every_row_once_but_those_of_wide_tiles_and_plain_kernels(spa
             parts.setdefault((tile, count), []).append(part)
         held += rows if part == 0 else ()
     for (_, count), found in parts.items():
-        assert sorted(found) == list(range(work.LEAD_ROWS if count >= work.LEAD_ROWS else 1))
+        num_units = 1 if count == 1 else work.TILE_UNITS if count > work.HALF_ROWS else work.HALF_UNITS
+        assert sorted(found) == list(range(num_units))
     is_wide = [wide and stop - start >= work.WIDE_TOKENS for start, stop, _ in segments]
     skipped = {r for (a, b, _), w in zip(segments, is_wide, strict=True) if w for r in range(a, b)}
     assert sorted(held) == [row for row in range(plan.num_base, num_rows) if row not in skipped]

@@ -35,6 +35,7 @@ CASES = {
     "long chunks alone": ([(0, 70, 0), (70, 134, 1)], True, 134),
     "a long chunk of few rows of B": ([(0, 70, 1)], True, 71),
     "tiles of all rows that share them": ([(0, 16, 0), (16, 21, 1)], False, 21),
+    "tiles of any length, few rows of B": ([(0, 2, 1), (2, 7, 1), (7, 17, 1), (18, 20, 0)], False, 21),
     "long and short chunks": ([(0, 3, 1), (5, 75, 0)], True, 78),
     "rows before, between and after chunks": ([(6, 8, 2), (9, 80, 0)], True, 82),
 }

@@ -23,7 +23,6 @@ from polybatch.kernels.lora.work import (
     FIRST,
     GROUPS,
     H_START,
-    MAX_PARTS,
     MODULE,
     NUM_TOKENS,
     PARTS,
@@ -37,7 +36,6 @@ TILE_STRIDE = tl.constexpr(len(GROUPS) * TILE_FIELDS)
 RECORD_FIRST, RECORD_NUM_TOKENS = tl.constexpr(FIRST), tl.constexpr(NUM_TOKENS)
 _H_START, _RANK, _STRIDE = tl.constexpr(H_START), tl.constexpr(RANK), tl.constexpr(STRIDE)
 _MODULE, RECORD_PARTS, _ABSENT = tl.constexpr(MODULE), tl.constexpr(PARTS), tl.constexpr(ABSENT)
-_MAX_PARTS = tl.constexpr(MAX_PARTS)
 KEEP = tl.constexpr("evict_last")
 """How lists and words are read."""
 
@@ -65,14 +63,15 @@ def _open(tile, module, adapters):
 
 
 @triton.jit
-def open_rows(tile, token, t, count, module, adapters, BLOCK_R: tl.constexpr):
-    """A module of a narrow tile for `count` tokens from `token` on: what `load_b` and `add_rows` want.
+def open_rows(tile, token, t, count, module, adapters, BLOCK_R: tl.constexpr, PARTS: tl.constexpr):
+    """A module of a tile for `count` tokens from `token` on: what `load_b` and `add_rows` want.
 
-    t: 0 … BLOCK_T - 1. The first BLOCK_R rows of B and [BLOCK_T, BLOCK_R] of h, then what finds the others.
+    t: 0 … BLOCK_T - 1. PARTS: most parts that the tile's h may have. The first BLOCK_R rows of B and
+    [BLOCK_T, BLOCK_R] of h, then what finds the others.
     """
     word, rank, is_there, h_start, first, h_rank, num_parts, num_tokens = _open(tile, module, adapters)
     _, h, memory, _, _ = adapters
-    part = tl.arange(0, _MAX_PARTS)
+    part = tl.arange(0, PARTS)
     at = (part[:, None] * num_tokens + token + t[None, :]) * h_rank
     h_rows = h + (h_start + first).to(tl.int64) + at
     is_h_row = (part < num_parts)[:, None] & (t < count)[None, :]
@@ -156,10 +155,16 @@ def _load_scales(word, is_there):
 
 
 @triton.jit
-def load_b(start, n, is_column, memory, UNIT: tl.constexpr):
-    """[R, N], rows of B, 0 for those that are missing."""
-    return tl.load(memory + start.to(tl.int64)[:, None] * UNIT + n[None, :],
-                   mask=(start >= 0)[:, None] & is_column[None, :], other=0.0)  # fmt: skip
+def load_b(start, n, is_column, memory, UNIT: tl.constexpr, IS_ONCE: tl.constexpr = False):
+    """[R, N], rows of B, 0 for those that are missing.
+
+    IS_ONCE: whether no other program will want them, so that what others will want stays in the L2 cache.
+    """
+    at = memory + start.to(tl.int64)[:, None] * UNIT + n[None, :]
+    mask = (start >= 0)[:, None] & is_column[None, :]
+    if IS_ONCE:
+        return tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
+    return tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit

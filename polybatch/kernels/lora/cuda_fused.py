@@ -20,24 +20,33 @@ from polybatch.kernels.lora.cuda import CudaLora
 from polybatch.kernels.lora.cuda_rms_norm import rms_norm_rows, rms_norm_tiles
 from polybatch.kernels.lora.cuda_silu_mul import silu_mul_rows, silu_mul_tiles
 from polybatch.kernels.lora.cuda_write_kv import write_kv_rows, write_kv_tiles
-from polybatch.kernels.lora.work import BLOCK_TOKENS, DOWN_PARTS, GROUPS, LEAD_ROWS, NARROW, WIDE, LoraPlan
+from polybatch.kernels.lora.work import (
+    BLOCK_TOKENS,
+    DOWN_PARTS,
+    GROUPS,
+    MAX_PARTS,
+    NARROW,
+    TILE_UNITS,
+    WIDE,
+    LoraPlan,
+)
 from polybatch.kernels.norm.cuda import checked_width, rms_norm
 from polybatch.kernels.write_kv.cuda import head_shape, queries_of, write_kv
 
 QKV, O, GATE_UP, DOWN = range(len(GROUPS))  # noqa: E741
 
-# Chosen by benchmarks/cuda/lora.py on an H100. Columns of a block, rows of B in a turn for one token and for
-# several, warps.
-SILU_ROWS = (512, 16, 8, 4)
+# Chosen by benchmarks/cuda/lora.py on an H100. Columns of a block, rows of B in a turn for one token, warps,
+# stages.
+SILU_ROWS = (512, 16, 4, 3)
 # Columns of a block, warps, stages.
 SILU_TILES = (64, 4, 3)
 # Elements of B in a turn, warps for 4,096 columns: where programs share a multiprocessor; where each has one.
-NORM_ROWS = (1 << 14, 8)
+NORM_ROWS = (1 << 15, 8)
 NORM_ROWS_ALONE = (1 << 16, 16)
 # Columns of a block, tokens, warps, stages.
 NORM_TILES = (256, 32, 8, 2)
-# Heads of a program, at most LEAD_ROWS, rows of B in a turn, at least 16, warps.
-WRITE_ROWS = (4, 16, 2)
+# Heads of a program, at most FEW_ROWS + 1, rows of B in a turn for one token and for several, warps.
+WRITE_ROWS = (4, 16, 8, 2)
 # Heads of a program, warps, stages.
 WRITE_TILES = (4, 4, 1)
 # Of float32, which would spill with fewer warps.
@@ -76,15 +85,15 @@ class FusedLora:
         if base:
             silu_mul(gate_up[:base], out=out[:base])
         if self._plan.has_rows:
-            columns, rank_one, rank_few, warps = SILU_ROWS
-            # The matrix unit takes 16 columns at least, of which each of LEAD_ROWS programs has so many.
-            block = max(min(columns, triton.next_power_of_2(width)), 16 * LEAD_ROWS)
+            columns, rank, warps, stages = SILU_ROWS
+            # The matrix unit takes 16 columns at least, of which a tile's units have so many.
+            block = max(min(columns, triton.next_power_of_2(width)), 16 * TILE_UNITS)
             num_units = self._plan.num_units or self._num_rows - base
             self._lora.launcher(silu_mul_rows, (num_units, triton.cdiv(width, block)))(
                 gate_up, gate_up.stride(0), out, out.stride(0), self._units,
                 *self._of_tiles(GATE_UP, layer, memory)[1:],
-                WIDTH=width, BLOCK=block, UNIT=self._lora.unit, RANK_ONE=rank_one, RANK_FEW=rank_few,
-                BLOCK_R=TILE_RANK, EXACT=self._lora.is_exact,
+                WIDTH=width, BLOCK=block, UNIT=self._lora.unit, RANK_ONE=rank,
+                PARTS=self._parts(GATE_UP), BLOCK_R=TILE_RANK, STAGES=stages, EXACT=self._lora.is_exact,
                 num_warps=warps, maxnreg=self._registers(warps),
             )  # fmt: skip
         if self._plan.num_wide:
@@ -133,6 +142,8 @@ class FusedLora:
                 out[base:], out.stride(0), eps, *self._of_rows(group, layer, memory, base),
                 WIDTH=width, BLOCK=block, HAS_CHOSEN=rows is not None,
                 HAS_WIDE=rows is None and self._plan.num_wide > 0, UNIT=self._lora.unit, BLOCK_R=rank,
+                # Of chosen rows some are in wide tiles.
+                PARTS=MAX_PARTS if rows is not None else self._parts(group),
                 num_warps=warps, maxnreg=self._registers(warps) if warps >= 8 else None,
             )  # fmt: skip
         if self._plan.num_wide and rows is None:
@@ -174,11 +185,12 @@ class FusedLora:
             return -(-shape["NUM_HEADS"] // heads) + 2 * -(-shape["KV_HEADS"] // heads)
 
         if self._plan.has_rows:
-            heads, rank, warps = WRITE_ROWS
+            heads, rank_one, rank_few, warps = WRITE_ROWS
             self._lora.launcher(write_kv_rows, (self._num_rows - base, blocks(heads)))(
                 qkv[base:], qkv.stride(0), positions[base:], slots[base:], *given,
                 *self._of_rows(QKV, layer, memory, base), **compiled, UNIT=self._lora.unit, HEADS=heads,
-                BLOCK_R=rank, BLOCK_T=BLOCK_TOKENS[NARROW], EXACT=self._lora.is_exact,
+                RANK_ONE=rank_one, RANK_FEW=rank_few, PARTS=self._parts(QKV),
+                BLOCK_R=TILE_RANK, BLOCK_T=BLOCK_TOKENS[NARROW], EXACT=self._lora.is_exact,
                 num_warps=warps, maxnreg=self._registers(warps),
             )  # fmt: skip
         if self._plan.num_wide:
@@ -193,6 +205,11 @@ class FusedLora:
         """Arguments of a kernel over rows: from its lists on."""
         rows = self._rows[:, base:]
         return rows, rows.stride(0), self._tiles[group], self._lora.h, memory, self._words, layer
+
+    def _parts(self, group: int) -> int:
+        """Most parts of h in narrow tiles, a power of two."""
+        parts: int = triton.next_power_of_2(self._lora.shapes[group].narrow_parts)
+        return parts
 
     def _registers(self, num_warps: int) -> int | None:
         """Most registers of a thread, None for any that there are."""

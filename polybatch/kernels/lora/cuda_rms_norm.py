@@ -30,7 +30,7 @@ def rms_norm_rows(
     x, x_stride, residual, residual_stride, chosen, weight, out, out_stride, eps,
     rows, max_rows, tiles, h, memory, words, layer,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_CHOSEN: tl.constexpr, HAS_WIDE: tl.constexpr,
-    UNIT: tl.constexpr, BLOCK_R: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Grid: rows, or chosen ones, -1 for none; chosen ones leave the residual as it was.
 
@@ -58,7 +58,7 @@ def rms_norm_rows(
     scale = tl.load(weight + n, mask=is_column, other=0.0)
     if tile >= 0:
         adapters = (tiles, h, memory, words, layer)
-        start, value, rest = open_rows(tile, token, tl.arange(0, 1), 1, 0, adapters, BLOCK_R)
+        start, value, rest = open_rows(tile, token, tl.arange(0, 1), 1, 0, adapters, BLOCK_R, PARTS)
         b = load_b(start, n, is_column, memory, UNIT)
         y = add_rows(y, value, b, rest, n, is_column, UNIT, BLOCK_R)
         y = y.to(kind).to(tl.float32)

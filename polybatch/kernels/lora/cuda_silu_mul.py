@@ -1,8 +1,9 @@
 """silu_mul over y + B h for CUDA: gate and up get their adapters on the way into the activation.
 
-Rows of decode steps and short chunks are some to a program where few share an adapter or have none, and
-tiles for the matrix unit where many do, as long chunks are. A long chunk's programs leave h of the next
-product, down. y + B h is rounded to the dtype, as if it had been written and read.
+Rows of decode steps and short chunks are tiles for the matrix unit where they share an adapter, as long
+chunks are. A row with its own would be mostly padding; rows without are some to a program. A long chunk's
+programs leave h of the next product, down. y + B h is rounded to the dtype, as if it had been written and
+read.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
@@ -29,11 +30,13 @@ from polybatch.kernels.lora.work import (
     BLOCK_TOKENS,
     BOUND_FIELDS,
     H_START,
-    LEAD_ROWS,
+    HALF_ROWS,
+    HALF_UNITS,
     NARROW,
     RANK,
     STRIDE,
     TILE_FIELDS,
+    TILE_UNITS,
     UNIT_FIELDS,
     UNIT_FIRST,
     UNIT_PART,
@@ -41,8 +44,13 @@ from polybatch.kernels.lora.work import (
     UNIT_TILE,
 )
 
-_BASE_ROWS, _LEAD_ROWS = tl.constexpr(BASE_ROWS), tl.constexpr(LEAD_ROWS)
-_TILE_ROWS = tl.constexpr(BLOCK_TOKENS[NARROW])
+_BASE_ROWS, _TILE_ROWS = tl.constexpr(BASE_ROWS), tl.constexpr(BLOCK_TOKENS[NARROW])
+# To so many a few rows are padded: what is activated in vain takes time.
+_HALF_ROWS, _HALF_UNITS, _TILE_UNITS = (
+    tl.constexpr(HALF_ROWS),
+    tl.constexpr(HALF_UNITS),
+    tl.constexpr(TILE_UNITS),
+)
 _H_START, _RANK, _STRIDE = tl.constexpr(H_START), tl.constexpr(RANK), tl.constexpr(STRIDE)
 _A_WORD, _TILE_FIELDS, _BOUND_FIELDS = (
     tl.constexpr(A_WORD),
@@ -57,9 +65,9 @@ _FIRST, _ROWS, _TILE = tl.constexpr(UNIT_FIRST), tl.constexpr(UNIT_ROWS), tl.con
 def silu_mul_rows(
     gate_up, stride, out, out_stride, units, tiles, h, memory, words, layer,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, RANK_ONE: tl.constexpr,
-    RANK_FEW: tl.constexpr, BLOCK_R: tl.constexpr, EXACT: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Grid: units, or more than there are; blocks of columns, which a dense tile's units share."""
+    """Grid: units, or more than there are; blocks of columns, which a tile's units share."""
     index, block = tl.program_id(0), tl.program_id(1)
     unit = units + (1 + index) * _UNIT_STRIDE
     num_units = tl.load(units, eviction_policy=KEEP)
@@ -74,41 +82,100 @@ def silu_mul_rows(
             t = tl.arange(0, _BASE_ROWS)
             mask = (t < count)[:, None] & (n < WIDTH)[None, :]
             at = (row + t).to(tl.int64)[:, None]
-            gate = tl.load(gate_up + at * stride + n[None, :], mask=mask, other=0.0)
-            up = tl.load(gate_up + at * stride + WIDTH + n[None, :], mask=mask, other=0.0)
+            gate, up = _load(gate_up, stride, at, n, mask, WIDTH)
             _store(gate, up, out + at * out_stride + n[None, :], mask)
-        elif count >= _LEAD_ROWS:
-            _tile(gate_up, stride, out, out_stride, row, count, tile, block * _LEAD_ROWS + part, adapters,
-                  0, WIDTH, BLOCK // _LEAD_ROWS, 1, UNIT, _TILE_ROWS, BLOCK_R, 1, True, EXACT)  # fmt: skip
         elif count == 1:
-            _few_rows(gate_up, stride, out, out_stride, row, count, tile, block, adapters,
-                      WIDTH, BLOCK, UNIT, 1, RANK_ONE)  # fmt: skip
+            _row(gate_up, stride, out, out_stride, row, tile, block, adapters, WIDTH, BLOCK, UNIT, RANK_ONE,
+                 PARTS)  # fmt: skip
+        elif count <= _HALF_ROWS:
+            _rows(gate_up, stride, out, out_stride, row, count, tile, block * _HALF_UNITS + part, adapters,
+                  WIDTH, BLOCK // _HALF_UNITS, BLOCK // _TILE_UNITS, UNIT, _HALF_ROWS, BLOCK_R, STAGES,
+                  EXACT)  # fmt: skip
         else:
-            _few_rows(gate_up, stride, out, out_stride, row, count, tile, block, adapters,
-                      WIDTH, BLOCK, UNIT, _LEAD_ROWS, RANK_FEW)  # fmt: skip
+            _rows(gate_up, stride, out, out_stride, row, count, tile, block * _TILE_UNITS + part, adapters,
+                  WIDTH, BLOCK // _TILE_UNITS, BLOCK // _TILE_UNITS, UNIT, _TILE_ROWS, BLOCK_R, STAGES,
+                  EXACT)  # fmt: skip
 
 
 @triton.jit
-def _few_rows(
-    gate_up, stride, out, out_stride, row, count, tile, block, adapters,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+def _row(
+    gate_up, stride, out, out_stride, row, tile, block, adapters,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
+    """A row that has its adapter to itself, for which the matrix unit does not pay."""
     n = block * BLOCK + tl.arange(0, BLOCK)
-    t = tl.arange(0, BLOCK_T)
+    t = tl.arange(0, 1)
     is_column = n < WIDTH
-    mask = (t < count)[:, None] & is_column[None, :]
+    mask = is_column[None, :]
     at = (row + t).to(tl.int64)[:, None]
-    gate = tl.load(gate_up + at * stride + n[None, :], mask=mask, other=0.0)
-    up = tl.load(gate_up + at * stride + WIDTH + n[None, :], mask=mask, other=0.0)
+    gate, up = _load(gate_up, stride, at, n, mask, WIDTH)
     _, _, memory, _, _ = adapters
-    start_0, value_0, rest_0 = open_rows(tile, 0, t, count, 0, adapters, BLOCK_R)
-    start_1, value_1, rest_1 = open_rows(tile, 0, t, count, 1, adapters, BLOCK_R)
-    b_0 = load_b(start_0, n, is_column, memory, UNIT)
-    b_1 = load_b(start_1, n, is_column, memory, UNIT)
+    start_0, value_0, rest_0 = open_rows(tile, 0, t, 1, 0, adapters, BLOCK_R, PARTS)
+    start_1, value_1, rest_1 = open_rows(tile, 0, t, 1, 1, adapters, BLOCK_R, PARTS)
+    b_0 = load_b(start_0, n, is_column, memory, UNIT, True)
+    b_1 = load_b(start_1, n, is_column, memory, UNIT, True)
     gate = add_rows(gate.to(tl.float32), value_0, b_0, rest_0, n, is_column, UNIT, BLOCK_R)
     up = add_rows(up.to(tl.float32), value_1, b_1, rest_1, n, is_column, UNIT, BLOCK_R)
     _store(gate, up, out + at * out_stride + n[None, :], mask)
+
+
+@triton.jit
+def _rows(
+    gate_up, stride, out, out_stride, first, count, tile, block, adapters,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, TURN: tl.constexpr, UNIT: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr, STAGES: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """A block of columns of a narrow tile, TURN at a time.
+
+    Where no module has more than BLOCK_R rows, as nearly always, later turns are on their way.
+    """
+    t = tl.arange(0, BLOCK_T)
+    is_token = t < count
+    at = (first + t).to(tl.int64)[:, None]
+    start_0, value_0, rest_0 = open_tile(tile, t, is_token, 0, adapters, BLOCK_R)
+    start_1, value_1, rest_1 = open_tile(tile, t, is_token, 1, adapters, BLOCK_R)
+    _, rank_0, _, _, _, _, _, _, memory = rest_0
+    _, rank_1, _, _, _, _, _, _, _ = rest_1
+    low = block * BLOCK
+    if BLOCK == TURN:
+        _block(gate_up, stride, out, out_stride, at, is_token, low + tl.arange(0, TURN),
+               start_0, value_0, rest_0, start_1, value_1, rest_1, memory, WIDTH, UNIT, BLOCK_R, True,
+               EXACT)  # fmt: skip
+    elif tl.maximum(rank_0, rank_1) <= BLOCK_R:
+        for turn in tl.range(BLOCK // TURN, num_stages=STAGES):
+            _block(gate_up, stride, out, out_stride, at, is_token, low + turn * TURN + tl.arange(0, TURN),
+                   start_0, value_0, rest_0, start_1, value_1, rest_1, memory, WIDTH, UNIT, BLOCK_R, False,
+                   EXACT)  # fmt: skip
+    else:
+        for turn in range(BLOCK // TURN):
+            _block(gate_up, stride, out, out_stride, at, is_token, low + turn * TURN + tl.arange(0, TURN),
+                   start_0, value_0, rest_0, start_1, value_1, rest_1, memory, WIDTH, UNIT, BLOCK_R, True,
+                   EXACT)  # fmt: skip
+
+
+@triton.jit
+def _block(
+    gate_up, stride, out, out_stride, at, is_token, n, start_0, value_0, rest_0, start_1, value_1, rest_1,
+    memory, WIDTH: tl.constexpr, UNIT: tl.constexpr, BLOCK_R: tl.constexpr, IS_LONG: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """Columns n of a tile whose modules were opened."""
+    is_column = n < WIDTH
+    mask = is_token[:, None] & is_column[None, :]
+    gate, up = _load(gate_up, stride, at, n, mask, WIDTH)
+    b_0 = load_b(start_0, n, is_column, memory, UNIT)
+    b_1 = load_b(start_1, n, is_column, memory, UNIT)
+    gate = add_block(gate.to(tl.float32), value_0, b_0, rest_0, n, is_column,
+                     UNIT, BLOCK_R, IS_LONG, EXACT)  # fmt: skip
+    up = add_block(up.to(tl.float32), value_1, b_1, rest_1, n, is_column, UNIT, BLOCK_R, IS_LONG, EXACT)
+    _store(gate, up, out + at * out_stride + n[None, :], mask)
+
+
+@triton.jit
+def _load(gate_up, stride, at, n, mask, WIDTH: tl.constexpr):
+    gate = tl.load(gate_up + at * stride + n[None, :], mask=mask, other=0.0)
+    up = tl.load(gate_up + at * stride + WIDTH + n[None, :], mask=mask, other=0.0)
+    return gate, up
 
 
 @triton.jit(do_not_specialize=["layer"])
@@ -135,31 +202,7 @@ def silu_mul_tiles(
     start = tl.load(words + word + r, mask=is_down & (r < rank), other=-1)
     first, count = tl.load(record + RECORD_FIRST), tl.load(record + RECORD_NUM_TOKENS)
     part = tl.program_id(0)
-    total = _tile(
-        gate_up, stride, out, out_stride, first, count, tile, part * NUM_BLOCKS,
-        (tiles, h, memory, words, layer), start,
-        WIDTH, BLOCK, NUM_BLOCKS, UNIT, BLOCK_T, BLOCK_R, DOWN_R, IS_LONG, EXACT,
-    )  # fmt: skip
-    # A row that this layer lacks is 0 even where x is infinite.
-    total = tl.where((start >= 0)[None, :], total, 0.0)
-    t = tl.arange(0, BLOCK_T)
-    target = h + tl.load(down + _H_START).to(tl.int64) + (part * count + t)[:, None] * rank + r[None, :]
-    tl.store(target, total, mask=(t < count)[:, None] & (is_down & (r < rank))[None, :])
-
-
-@triton.jit
-def _tile(
-    gate_up, stride, out, out_stride, first, count, tile, first_block, adapters, a_start,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, DOWN_R: tl.constexpr, IS_LONG: tl.constexpr,
-    EXACT: tl.constexpr,
-):  # fmt: skip
-    """Some blocks of columns of a tile's `count` rows from `first` on. Its h stays from block to block.
-
-    Returns [BLOCK_T, DOWN_R] float32: what was activated times the rows of A that begin at a_start, -1 for
-    none. DOWN_R is 1 where nothing is asked for.
-    """
-    _, _, memory, _, _ = adapters
+    adapters = (tiles, h, memory, words, layer)
     t = tl.arange(0, BLOCK_T)
     is_token = t < count
     at = (first + t).to(tl.int64)[:, None]
@@ -167,23 +210,24 @@ def _tile(
     start_1, value_1, rest_1 = open_tile(tile, t, is_token, 1, adapters, BLOCK_R)
     total = tl.zeros([BLOCK_T, DOWN_R], dtype=tl.float32)
     for block in range(NUM_BLOCKS):
-        n = (first_block + block) * BLOCK + tl.arange(0, BLOCK)
+        n = (part * NUM_BLOCKS + block) * BLOCK + tl.arange(0, BLOCK)
         is_column = n < WIDTH
         mask = is_token[:, None] & is_column[None, :]
-        gate = tl.load(gate_up + at * stride + n[None, :], mask=mask, other=0.0)
-        up = tl.load(gate_up + at * stride + WIDTH + n[None, :], mask=mask, other=0.0)
+        gate, up = _load(gate_up, stride, at, n, mask, WIDTH)
         b_0 = load_b(start_0, n, is_column, memory, UNIT)
         b_1 = load_b(start_1, n, is_column, memory, UNIT)
-        if DOWN_R > 1:
-            a = tl.load(memory + a_start.to(tl.int64)[None, :] * UNIT + n[:, None],
-                        mask=(a_start >= 0)[None, :] & is_column[:, None], other=0.0)  # fmt: skip
+        # In a pipeline these come last, since they are wanted last.
+        a = tl.load(memory + start.to(tl.int64)[None, :] * UNIT + n[:, None],
+                    mask=(start >= 0)[None, :] & is_column[:, None], other=0.0)  # fmt: skip
         gate = add_block(gate.to(tl.float32), value_0, b_0, rest_0, n, is_column,
-                         UNIT, BLOCK_R, IS_LONG, EXACT)  # fmt: skip
+                     UNIT, BLOCK_R, IS_LONG, EXACT)  # fmt: skip
         up = add_block(up.to(tl.float32), value_1, b_1, rest_1, n, is_column, UNIT, BLOCK_R, IS_LONG, EXACT)
         done = _store(gate, up, out + at * out_stride + n[None, :], mask)
-        if DOWN_R > 1:
-            total = tl.dot(done, a, total, input_precision="ieee" if EXACT else "tf32")
-    return total
+        total = tl.dot(done, a, total, input_precision="ieee" if EXACT else "tf32")
+    # A row that this layer lacks is 0 even where x is infinite.
+    total = tl.where((start >= 0)[None, :], total, 0.0)
+    target = h + tl.load(down + _H_START).to(tl.int64) + (part * count + t)[:, None] * rank + r[None, :]
+    tl.store(target, total, mask=(t < count)[:, None] & (is_down & (r < rank))[None, :])
 
 
 @triton.jit

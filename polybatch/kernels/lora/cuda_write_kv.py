@@ -1,8 +1,7 @@
 """write_kv over y + B h for CUDA: q, k and v get their adapters on the way to rotation and pages.
 
-A program of decode steps and short chunks is some heads of one module, for one to LEAD_ROWS rows one after
-the other, which find B in the multiprocessor's own cache. Where many rows share an adapter, and in long
-chunks, it is a tile of tokens, head by head.
+A program of decode steps and short chunks is some heads of one module, for one to FEW_ROWS rows at once.
+Where many rows share an adapter, and in long chunks, it is a tile of tokens, head by head.
 y + B h is rounded to the dtype; what follows is `write_kv.cuda`'s.
 """
 
@@ -24,10 +23,10 @@ from polybatch.kernels.lora.cuda_delta import (
     open_rows,
     open_tile,
 )
-from polybatch.kernels.lora.work import DENSE
+from polybatch.kernels.lora.work import DENSE, FEW_ROWS
 from polybatch.kernels.write_kv.cuda import finish_heads
 
-_DENSE = tl.constexpr(DENSE)
+_DENSE, _FEW_ROWS = tl.constexpr(DENSE), tl.constexpr(FEW_ROWS)
 
 
 @triton.jit(
@@ -38,7 +37,8 @@ def write_kv_rows(
     rows, max_rows, tiles, h, memory, words, layer,
     NUM_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr,
     HALF: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, UNIT: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, EXACT: tl.constexpr,
+    HEADS: tl.constexpr, RANK_ONE: tl.constexpr, RANK_FEW: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Grid: rows, blocks of HEADS heads of q, of k and of v. Each row of a dense tile has one head."""
     leader = tl.program_id(0)
@@ -46,21 +46,21 @@ def write_kv_rows(
     count = tl.load(rows + leader, eviction_policy=KEEP)
     tile = tl.load(rows + max_rows + leader, eviction_policy=KEEP)
     token = tl.load(rows + 2 * max_rows + leader, eviction_policy=KEEP)
-    slot, position = tl.load(slots + leader), tl.load(positions + leader)
+    slot = tl.load(slots + leader)
     adapters = (tiles, h, memory, words, layer)
     if (count == _DENSE) & (token < HEADS):
         _tile(block, token, leader - token, tl.num_programs(0), tile, adapters, qkv, qkv_stride,
               positions, slots, table, pages, page_stride, bias, q_norm, k_norm, eps,
               NUM_HEADS, KV_HEADS, PAGE_SIZE, DIM, HALF, HAS_BIAS, HAS_NORM, UNIT, HEADS, 1, BLOCK_T,
               BLOCK_R, True, EXACT)  # fmt: skip
-    for i in range(count):
-        if slot >= 0:
-            _heads(block, qkv + (leader + i).to(tl.int64) * qkv_stride, position,
-                   slot, tile, token + i, adapters, table, pages, page_stride, bias, q_norm, k_norm, eps,
-                   NUM_HEADS, KV_HEADS, PAGE_SIZE, DIM, HALF, HAS_BIAS, HAS_NORM, UNIT, HEADS,
-                   BLOCK_R)  # fmt: skip
-        slot = tl.load(slots + leader + i + 1, mask=i + 1 < count, other=-1)
-        position = tl.load(positions + leader + i + 1, mask=i + 1 < count, other=0)
+    elif count > 1:
+        _heads(block, leader, count, tile, adapters, qkv, qkv_stride, positions, slots, table, pages,
+               page_stride, bias, q_norm, k_norm, eps, NUM_HEADS, KV_HEADS, PAGE_SIZE, DIM, HALF, HAS_BIAS,
+               HAS_NORM, UNIT, HEADS, _FEW_ROWS, RANK_FEW, PARTS)  # fmt: skip
+    elif (count == 1) & (slot >= 0):
+        _heads(block, leader, count, tile, adapters, qkv, qkv_stride, positions, slots, table, pages,
+               page_stride, bias, q_norm, k_norm, eps, NUM_HEADS, KV_HEADS, PAGE_SIZE, DIM, HALF, HAS_BIAS,
+               HAS_NORM, UNIT, HEADS, 1, RANK_ONE, PARTS)  # fmt: skip
 
 
 @triton.jit
@@ -78,34 +78,44 @@ def _find_heads(block, NUM_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEADS: t
 
 @triton.jit
 def _heads(
-    block, row, position, slot, tile, token, adapters, table, pages, page_stride, bias, q_norm, k_norm, eps,
+    block, leader, count, tile, adapters, qkv, qkv_stride, positions, slots, table, pages, page_stride,
+    bias, q_norm, k_norm, eps,
     NUM_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr,
     HALF: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, UNIT: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK_R: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """A block of heads of one token."""
+    """A block of heads of `count` rows from `leader` on: a tile's, or one without."""
     module, base, first_head, num_heads = _find_heads(block, NUM_HEADS, KV_HEADS, HEADS)
+    # Each row's heads, one after the other.
+    each = tl.arange(0, BLOCK_T * HEADS)[:, None]
+    source = leader + each // HEADS
+    slot = tl.load(slots + source, mask=each < count * HEADS, other=-1)
+    position = tl.load(positions + source, mask=slot >= 0, other=0)
     # Heads and pairs of their elements, side by side.
     index = tl.arange(0, HEADS * HALF)
     head = first_head + index // HALF
     pair = index % HALF
     n = head * DIM + pair
     is_column = (head < num_heads) & (pair < DIM // 2)
-    first = tl.load(row + base * DIM + n, mask=is_column, other=0.0).to(tl.float32)[None, :]
-    second = tl.load(row + base * DIM + n + DIM // 2, mask=is_column, other=0.0).to(tl.float32)[None, :]
+    t = tl.arange(0, BLOCK_T)
+    at = qkv + (leader + t).to(tl.int64)[:, None] * qkv_stride + base * DIM + n[None, :]
+    mask = (t < count)[:, None] & is_column[None, :]
+    first = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(at + DIM // 2, mask=mask, other=0.0).to(tl.float32)
     if tile >= 0:
-        kind = row.dtype.element_ty
+        kind = qkv.dtype.element_ty
         _, _, memory, _, _ = adapters
-        start, value, rest = open_rows(tile, token, tl.arange(0, 1), 1, module, adapters, BLOCK_R)
+        start, value, rest = open_rows(tile, 0, t, count, module, adapters, BLOCK_R, PARTS)
         b_first = load_b(start, n, is_column, memory, UNIT)
         b_second = load_b(start, n + DIM // 2, is_column, memory, UNIT)
         first = add_rows(first, value, b_first, rest, n, is_column, UNIT, BLOCK_R)
         second = add_rows(second, value, b_second, rest, n + DIM // 2, is_column, UNIT, BLOCK_R)
         first, second = first.to(kind).to(tl.float32), second.to(kind).to(tl.float32)
-    head_column = first_head + tl.arange(0, HEADS)[:, None]
-    mask = (head_column < num_heads) & (tl.arange(0, HALF)[None, :] < DIM // 2)
-    finish_heads(tl.reshape(first, [HEADS, HALF]), tl.reshape(second, [HEADS, HALF]), row, position, slot,
-                 base + head_column, mask, mask, table, pages, page_stride, bias, q_norm, k_norm, eps,
+    head_column = first_head + each % HEADS
+    inside = (head_column < num_heads) & (tl.arange(0, HALF)[None, :] < DIM // 2)
+    finish_heads(tl.reshape(first, [BLOCK_T * HEADS, HALF]), tl.reshape(second, [BLOCK_T * HEADS, HALF]),
+                 qkv + source.to(tl.int64) * qkv_stride, position, slot, base + head_column, inside,
+                 inside & (slot >= 0), table, pages, page_stride, bias, q_norm, k_norm, eps,
                  NUM_HEADS, KV_HEADS, PAGE_SIZE, DIM, HALF, HAS_BIAS, HAS_NORM)  # fmt: skip
 
 

@@ -47,17 +47,18 @@ TILE_FIELDS = 16
 ABSENT = -1
 
 # Rows of `lora_rows`: how many rows the row's program handles in narrow launches, 0 for none; its tile, or
-# ABSENT; its token in the tile. A narrow tile of LEAD_ROWS or more is dense, so that the matrix unit pays:
-# its rows have DENSE for their number, and programs of the first LEAD_ROWS share its columns.
+# ABSENT; its token in the tile. A narrow tile of more than FEW_ROWS is dense, so that the matrix unit pays:
+# its rows have DENSE for their number, and programs of the first of them share its columns.
 LEADS, TILE, TOKEN = range(3)
-LEAD_ROWS = 4
+FEW_ROWS = 4
 DENSE = -1
 
 # Fields of a unit, the rows that a program takes at once: its first row, how many, its narrow tile or ABSENT,
-# the part of the columns. A dense tile is LEAD_ROWS units. Row 0 of `lora_units` says first how many units
-# follow: no more than there are rows.
+# the part of the columns. A tile of several rows is HALF_UNITS units, of more than HALF_ROWS TILE_UNITS.
+# Row 0 of `lora_units` says first how many units follow: no more than there are rows.
 UNIT_FIRST, UNIT_ROWS, UNIT_TILE, UNIT_PART = range(4)
 UNIT_FIELDS = 4
+HALF_ROWS, HALF_UNITS, TILE_UNITS = 8, 2, 4
 # Most rows of a unit without adapter.
 BASE_ROWS = 8
 
@@ -383,7 +384,7 @@ def _fill_rows(rows: Array, first: Int64Array, num_tokens: Int64Array, num_narro
     token = _within(num_tokens)
     at = first[tile] + token
     rows[TILE, at], rows[TOKEN, at] = tile, token
-    leads = np.where(num_tokens >= LEAD_ROWS, DENSE, num_tokens)
+    leads = np.where(num_tokens > FEW_ROWS, DENSE, num_tokens)
     leads[num_narrow:] = 0
     rows[LEADS, at] = np.where((token == 0) | (leads == DENSE)[tile], leads[tile], 0)
 
@@ -392,7 +393,7 @@ def _fill_units(
     units: Array, tile_of_row: Array, first: Int64Array, num_tokens: Int64Array, num_base: int, num_rows: int
 ) -> int:
     """Units of the narrow tiles, then of the rows without adapter from num_base on; returns their number."""
-    parts = np.where(num_tokens >= LEAD_ROWS, LEAD_ROWS, 1)
+    parts = np.where(num_tokens > HALF_ROWS, TILE_UNITS, np.where(num_tokens > 1, HALF_UNITS, 1))
     base = np.flatnonzero(tile_of_row[num_base:num_rows] == ABSENT) + num_base
     # Neighbours share a unit: a run's rows have one difference of row and place in the list.
     shift = base - np.arange(len(base))
