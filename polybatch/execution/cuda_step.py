@@ -124,7 +124,9 @@ def lay_out(plan: StepPlan, table: PageTable) -> Layout:
     """Order a plan's chunks and find their rows."""
     order = list(range(len(plan.chunks)))
     chunks = plan.chunks
-    if plan.resident:
+    # A plan that forgot what is resident is refused later, not run without its adapters.
+    has_adapters = bool(plan.resident) or any(chunk.seq.adapter is not None for chunk in chunks)
+    if has_adapters:
         order.sort(key=lambda i: a.digest if (a := chunks[i].seq.adapter) is not None else "")
     laid = [chunks[i] for i in order]
     num_new = np.fromiter((chunk.n_new for chunk in laid), np.int64, len(laid))
@@ -133,7 +135,7 @@ def lay_out(plan: StepPlan, table: PageTable) -> Layout:
     first = np.cumsum(num_new) - num_new
     in_plan = np.empty(len(laid), dtype=np.int64)
     in_plan[order] = first
-    digests, segments = _segments(laid, first) if plan.resident else ((), np.zeros((0, 3), np.int32))
+    digests, segments = _segments(laid, first) if has_adapters else ((), np.zeros((0, 3), np.int32))
     return Layout(
         laid, first, num_new, starts + num_new, rows, _logit_rows(chunks, in_plan), segments, digests
     )
