@@ -104,8 +104,7 @@ class Carrier:
             grid = (len(self._weights), triton.cdiv(sum(outs), PLACE_OUTS))
             self._launcher(place_kernel, grid)(
                 self._addresses[group], shape.num_in + SPARE[group], self._pages, self._pages.stride(0),
-                self._words, _record(on, group),
-                NUM_IN=shape.num_in, OUT_0=outs[0], OUT_1=outs[1], OUT_2=outs[2],
+                self._words, _record(on, group), shape.num_in, *outs[:3],
                 COLUMNS=SPARE[group], UNIT=self._unit, BLOCK_N=PLACE_OUTS,
                 LARGEST=torch.finfo(self._pages.dtype).max, num_warps=4,
             )  # fmt: skip
@@ -131,8 +130,8 @@ class Carrier:
         grid = (SPARE[group] // BLOCK, triton.cdiv(num_rows, blocking.tokens))
         self._launcher(shrink_carried_kernel, grid)(
             x, x.stride(0), self._pages[layer], self._words, on, _record(on, group), layer, num_rows,
-            NUM_IN=shape.num_in, COLUMNS=SPARE[group], UNIT=self._unit, BLOCK_T=blocking.tokens,
-            BLOCK_K=blocking.columns, SPLIT=blocking.split, STAGES=blocking.num_stages, EXACT=self._is_exact,
+            shape.num_in, UNIT=self._unit, BLOCK_T=blocking.tokens, BLOCK_K=blocking.columns,
+            SPLIT=blocking.split, STAGES=blocking.num_stages, EXACT=self._is_exact,
             num_warps=blocking.num_warps,
         )  # fmt: skip
 
@@ -161,16 +160,15 @@ def _record(on: torch.Tensor, group: int) -> torch.Tensor:
 
 
 @triton.jit
-def _parts(rank, COLUMNS: tl.constexpr):
-    """Blocks of columns that one copy of B takes, and how many copies there are."""
+def _parts(rank, most):
+    """Blocks of columns that one copy of B takes, and how many copies there are in `most` blocks."""
     num_blocks = tl.maximum(tl.cdiv(rank, _BLOCK), 1)
-    return num_blocks, COLUMNS // _BLOCK // num_blocks
+    return num_blocks, most // num_blocks
 
 
 @triton.jit(do_not_specialize_on_alignment=["record"])
 def place_kernel(
-    addresses, stride, pages, layer_stride, words, record,
-    NUM_IN: tl.constexpr, OUT_0: tl.constexpr, OUT_1: tl.constexpr, OUT_2: tl.constexpr,
+    addresses, stride, pages, layer_stride, words, record, num_in, out_0, out_1, out_2,
     COLUMNS: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     """Grid: layers, blocks of a group's outputs, whose spare columns are written, 0 where B has none.
@@ -180,27 +178,25 @@ def place_kernel(
     layer = tl.program_id(0)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.arange(0, COLUMNS)
-    num_blocks, num_parts = _parts(tl.load(record + _RANK), COLUMNS)
+    num_blocks, num_parts = _parts(tl.load(record + _RANK), COLUMNS // _BLOCK)
     row = tl.where(column < num_parts * num_blocks * _BLOCK, column % (num_blocks * _BLOCK), -1)
     memory = pages + layer.to(tl.int64) * layer_stride
     word = words + layer * tl.load(record + _STRIDE)
     kind = pages.dtype.element_ty
     b = tl.zeros([COLUMNS, BLOCK_N], kind)
-    b = _module_b(b, 0, n, OUT_0, row, record, word, memory, UNIT)
-    if OUT_1:
-        b = _module_b(b, 1, n - OUT_0, OUT_1, row, record, word, memory, UNIT)
-    if OUT_2:
-        b = _module_b(b, 2, n - OUT_0 - OUT_1, OUT_2, row, record, word, memory, UNIT)
+    b = _module_b(b, 0, n, out_0, row, record, word, memory, UNIT)
+    b = _module_b(b, 1, n - out_0, out_1, row, record, word, memory, UNIT)
+    b = _module_b(b, 2, n - out_0 - out_1, out_2, row, record, word, memory, UNIT)
     limit = tl.full([1, 1], LARGEST, tl.float32)
     b = tl.minimum(tl.maximum(b.to(tl.float32), -limit), limit).to(kind)
     weight = tl.multiple_of(tl.load(addresses + layer).to(tl.pointer_type(kind)), 16)
-    target = weight + n.to(tl.int64)[:, None] * stride + NUM_IN + column[None, :]
-    tl.store(target, tl.trans(b), mask=(n < OUT_0 + OUT_1 + OUT_2)[:, None])
+    target = weight + n.to(tl.int64)[:, None] * stride + num_in + column[None, :]
+    tl.store(target, tl.trans(b), mask=(n < out_0 + out_1 + out_2)[:, None])
 
 
 @triton.jit
 def _module_b(
-    b, module: tl.constexpr, n, width: tl.constexpr, row, record, word, memory, UNIT: tl.constexpr
+    b, module: tl.constexpr, n, width, row, record, word, memory, UNIT: tl.constexpr
 ):  # fmt: skip
     """b with what a module has in its outputs n. row: of the group's A that stands in each column, or -1."""
     of_module = record + _MODULE + _MODULE_FIELDS * module
@@ -215,15 +211,15 @@ def _module_b(
 
 @triton.jit(do_not_specialize=["layer", "num_rows"], do_not_specialize_on_alignment=["on", "record"])
 def shrink_carried_kernel(
-    x, x_stride, memory, words, on, record, layer, num_rows,
-    NUM_IN: tl.constexpr, COLUMNS: tl.constexpr, UNIT: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, EXACT: tl.constexpr,
+    x, x_stride, memory, words, on, record, layer, num_rows, num_in,
+    UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
+    STAGES: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Grid: blocks of columns, tiles of tokens."""
     first_row, last_row = tl.load(on + _FIRST_ROW), tl.load(on + _LAST_ROW)
     rank = tl.load(record + _RANK, eviction_policy=KEEP)
     word = tl.load(record + _A_WORD, eviction_policy=KEEP) + layer * tl.load(record + _STRIDE)
-    num_blocks, num_parts = _parts(rank, COLUMNS)
+    num_blocks, num_parts = _parts(rank, tl.num_programs(0))
     block = tl.program_id(0)
     part = block // num_blocks
     row = (block % num_blocks) * _BLOCK + tl.arange(0, _BLOCK)
@@ -235,15 +231,15 @@ def shrink_carried_kernel(
     is_row = start >= 0
     x_rows = x + t.to(tl.int64) * x_stride
     rows = memory + start.to(tl.int64) * UNIT
-    per_part = tl.cdiv(tl.cdiv(NUM_IN, num_parts), BLOCK_K) * BLOCK_K
+    per_part = tl.cdiv(tl.cdiv(num_in, num_parts), BLOCK_K) * BLOCK_K
     is_any = (low_token < last_row) & (low_token + BLOCK_T > first_row) & (part < num_parts)
     low = tl.where(is_any, part * per_part, 0)
-    high = tl.where(is_any, tl.minimum(low + per_part, NUM_IN), 0)
+    high = tl.where(is_any, tl.minimum(low + per_part, num_in), 0)
     if SPLIT == 1:
         k = tl.arange(0, BLOCK_K)
         total = tl.zeros([BLOCK_T, _BLOCK], dtype=tl.float32)
         for at in tl.range(low, high, BLOCK_K, num_stages=STAGES):
-            is_column = at + k < NUM_IN
+            is_column = at + k < num_in
             here = tl.load(x_rows[:, None] + at + k[None, :],
                            mask=own[:, None] & is_column[None, :], other=0.0)  # fmt: skip
             a = tl.load(rows[None, :] + at + k[:, None],
@@ -255,7 +251,7 @@ def shrink_carried_kernel(
         k = tl.arange(0, SPLIT)[:, None] * width + tl.arange(0, width)[None, :]
         sums = tl.zeros([SPLIT, BLOCK_T, _BLOCK], dtype=tl.float32)
         for at in tl.range(low, high, BLOCK_K, num_stages=STAGES):
-            is_column = at + k < NUM_IN
+            is_column = at + k < num_in
             here = tl.load(x_rows[None, :, None] + at + k[:, None, :],
                            mask=own[None, :, None] & is_column[:, None, :], other=0.0)  # fmt: skip
             a = tl.load(rows[None, None, :] + at + k[:, :, None],
@@ -264,7 +260,7 @@ def shrink_carried_kernel(
         total = tl.sum(sums, axis=0)
     # A row that this layer lacks is 0 even where x is infinite.
     total = tl.where(own[:, None] & is_row[None, :], total, 0.0)
-    target = x_rows[:, None] + NUM_IN + block * _BLOCK + tl.arange(0, _BLOCK)[None, :]
+    target = x_rows[:, None] + num_in + block * _BLOCK + tl.arange(0, _BLOCK)[None, :]
     tl.store(target, total.to(x.dtype.element_ty), mask=(t < num_rows)[:, None])
 
 
