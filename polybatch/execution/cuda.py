@@ -165,7 +165,7 @@ class CudaExecutor:
         carrier = None
         if has_spare:
             held = self._weights.with_spare_columns()
-            carrier = Carrier(held, shapes, pages, self._adapters.words, lora.launcher)
+            carrier = Carrier(held, shapes, pages, self._adapters.words)
         shared = Shared(
             spec=spec, page_size=page_size, device=where, num_sms=num_sms, heads=heads,
             tiles=choose_tiles(heads, kind), weights=self._weights, table=self._table,

@@ -289,7 +289,7 @@ def test_every_head_shape_and_dtype_equals_the_reference(heads, dtype):
 @pytest.mark.parametrize("heads", [Heads(8, 2, 64), Heads(4, 1, 256)])
 def test_parts_of_every_head_shape_are_merged_apart(heads):
     members = 16 // heads.group + 1
-    tiles = Tiles(shared=SharedTiles(Tile(16, 32), Tile(128, 64, num_warps=8)))
+    tiles = Tiles(shared=SharedTiles(Tile(16, 32), Tile(128, 32, num_warps=8)))
     case = Case([(32 + i, 1) for i in range(members)], [(2, list(range(members)))], heads=heads, tiles=tiles)
     assert check(replace(case, dtype=torch.float16, is_decode=True))[0].num_wide == 1
 

@@ -16,12 +16,8 @@ Sources: Punica (Chen et al. 2023) for shrink and expand; Flash-Decoding's split
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 import triton
@@ -202,24 +198,9 @@ class CudaLora:
         self._side = None
         if device.type == "cuda":
             self._side = torch.cuda.Stream(device)
-        self.is_rehearsal = False
         self.num_sms = max(num_programs // PROGRAMS_PER_SM, 1)
         self._grid = (num_programs,)
         self._grid_beside = (num_beside or num_programs,)
-
-    def launcher(self, kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
-        """kernel[grid], or in a rehearsal what only compiles it."""
-        return partial(kernel.warmup, grid=grid) if self.is_rehearsal else kernel[grid]
-
-    @contextmanager
-    def rehearsal(self, num_threads: int) -> Iterator[None]:
-        """Launches of adapters' kernels inside only compile them, side by side; h and y stay as they are."""
-        self.is_rehearsal = True
-        try:
-            with ThreadPoolExecutor(num_threads) as pool, triton.AsyncCompileMode(pool):
-                yield
-        finally:
-            self.is_rehearsal = False
 
     def shrink(
         self,
@@ -249,7 +230,7 @@ class CudaLora:
                 # A row has a tile at most, and a module seldom more than two blocks of rows.
                 most = min(most, 2 * len(x) * parts * len(shape.modules))
             items = arrays["lora_items"]
-            self.launcher(shrink_kernel, (most,))(
+            shrink_kernel[(most,)](
                 x, self.h, memory, words, arrays["lora_tiles"][0, group], items[group],
                 arrays["lora_bounds"][round_, variant, group], -1 if variant or round_ else 0,
                 items.shape[1], x.stride(0), layer, -(-columns // tuning.columns), parts,
@@ -306,7 +287,7 @@ class CudaLora:
         outs = (*shape.outs, 0, 0)
         for variant in _variants(plan, round_):
             tuning = EXPAND[variant]
-            self.launcher(expand_kernel, self._grid)(
+            expand_kernel[self._grid](
                 y, self.h, memory, words, arrays["lora_tiles"][0, group],
                 arrays["lora_bounds"][round_, variant, group], y.stride(0), layer,
                 OUT_0=outs[0], OUT_1=outs[1], OUT_2=outs[2], UNIT=self.unit,

@@ -7,9 +7,8 @@ See `lora.carried`. h is rounded to the activations' dtype, as the inputs beside
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -68,7 +67,7 @@ class Carrier:
     """Weights of one model with spare columns, and the adapter that stands in them.
 
     weights: per layer and group, [out, in + SPARE], all of one dtype on one device. shapes: of the groups.
-    pages: [layers, elements], the pool in that dtype; words: from `CudaAdapters`. launcher: of `CudaLora`.
+    pages: [layers, elements], the pool in that dtype; words: from `CudaAdapters`.
     """
 
     def __init__(
@@ -77,11 +76,9 @@ class Carrier:
         shapes: Sequence[GroupShape],
         pages: torch.Tensor,
         words: torch.Tensor,
-        launcher: Callable[[Any, tuple[int, ...]], Callable[..., Any]],
     ) -> None:
         self._weights = weights
         self._shapes, self._pages, self._words = shapes, pages, words
-        self._launcher = launcher
         addresses = [[layer[group].data_ptr() for layer in weights] for group in range(len(shapes))]
         self._addresses = torch.tensor(addresses, dtype=torch.int64, device=pages.device)
         self._unit = ALIGN_BYTES // pages.element_size()
@@ -102,7 +99,7 @@ class Carrier:
         for group, shape in enumerate(self._shapes):
             outs = (*shape.outs, 0, 0)
             grid = (len(self._weights), triton.cdiv(sum(outs), PLACE_OUTS))
-            self._launcher(place_kernel, grid)(
+            place_kernel[grid](
                 self._addresses[group], shape.num_in + SPARE[group], self._pages, self._pages.stride(0),
                 self._words, _record(on, group), shape.num_in, *outs[:3],
                 COLUMNS=SPARE[group], UNIT=self._unit, BLOCK_N=PLACE_OUTS,
@@ -128,7 +125,7 @@ class Carrier:
         blockings = EXACT_BLOCKINGS if self._is_exact else BLOCKINGS
         blocking = next(blocking for most, blocking in blockings if num_rows <= most)
         grid = (SPARE[group] // BLOCK, triton.cdiv(num_rows, blocking.tokens))
-        self._launcher(shrink_carried_kernel, grid)(
+        shrink_carried_kernel[grid](
             x, x.stride(0), self._pages[layer], self._words, on, _record(on, group), layer, num_rows,
             shape.num_in, UNIT=self._unit, BLOCK_T=blocking.tokens, BLOCK_K=blocking.columns,
             SPLIT=blocking.split, STAGES=blocking.num_stages, EXACT=self._is_exact,
@@ -148,7 +145,7 @@ class Carrier:
         group = len(self._shapes) - 1
         width = self._shapes[group].num_in
         grid = (SPARE[group] // BLOCK, triton.cdiv(len(out), tokens))
-        self._launcher(silu_mul_carried_kernel, grid)(
+        silu_mul_carried_kernel[grid](
             gate_up, gate_up.stride(0), out, out.stride(0), self._pages[layer], self._words, on,
             _record(on, group), layer, len(out), WIDTH=width, UNIT=self._unit, BLOCK_T=tokens,
             BLOCK_K=columns, num_warps=num_warps, num_stages=num_stages,

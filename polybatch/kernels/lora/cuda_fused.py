@@ -89,7 +89,7 @@ class FusedLora:
             # The matrix unit takes 16 columns at least, of which a tile's units have so many.
             block = max(min(columns, triton.next_power_of_2(width)), 16 * TILE_UNITS)
             num_units = self._plan.num_units or self._num_rows - base
-            self._lora.launcher(silu_mul_rows, (num_units, triton.cdiv(width, block)))(
+            silu_mul_rows[(num_units, triton.cdiv(width, block))](
                 gate_up, gate_up.stride(0), out, out.stride(0), self._units,
                 *self._of_tiles(GATE_UP, layer, memory)[1:],
                 WIDTH=width, BLOCK=block, UNIT=self._lora.unit, RANK_ONE=rank,
@@ -99,7 +99,7 @@ class FusedLora:
         if self._plan.num_wide:
             block, warps, stages = SILU_TILES
             num_blocks = triton.cdiv(triton.cdiv(width, block), DOWN_PARTS)
-            self._lora.launcher(silu_mul_tiles, (DOWN_PARTS, self._plan.num_wide))(
+            silu_mul_tiles[(DOWN_PARTS, self._plan.num_wide)](
                 gate_up, gate_up.stride(0), out, out.stride(0), *self._of_tiles(GATE_UP, layer, memory),
                 WIDTH=width, BLOCK=block, NUM_BLOCKS=num_blocks, BLOCK_T=BLOCK_TOKENS[WIDE],
                 DOWN_R=self._plan.wide_ranks[DOWN],
@@ -137,7 +137,7 @@ class FusedLora:
             # Registers hold so many elements of B; those of 32 bits count twice.
             rank = min(max(elements // ((1 + self._lora.is_exact) * block), 1), 16)
             warps = min(max(block * warps // 4096, 1), 16)
-            self._lora.launcher(rms_norm_rows, (num_rows,))(
+            rms_norm_rows[(num_rows,)](
                 x[base:], x.stride(0), residual[base:], residual.stride(0), rows, weight,
                 out[base:], out.stride(0), eps, *self._of_rows(group, layer, memory, base),
                 WIDTH=width, BLOCK=block, HAS_CHOSEN=rows is not None,
@@ -149,7 +149,7 @@ class FusedLora:
         if self._plan.num_wide and rows is None:
             block, tokens, warps, stages = NORM_TILES
             pieces = BLOCK_TOKENS[WIDE] // tokens
-            self._lora.launcher(rms_norm_tiles, (self._plan.num_wide * pieces,))(
+            rms_norm_tiles[(self._plan.num_wide * pieces,)](
                 x, x.stride(0), residual, residual.stride(0), weight, out, out.stride(0), eps,
                 *self._of_tiles(group, layer, memory),
                 WIDTH=width, BLOCK=block, BLOCK_T=tokens, PIECES=pieces,
@@ -186,7 +186,7 @@ class FusedLora:
 
         if self._plan.has_rows:
             heads, rank_one, rank_few, warps = WRITE_ROWS
-            self._lora.launcher(write_kv_rows, (self._num_rows - base, blocks(heads)))(
+            write_kv_rows[(self._num_rows - base, blocks(heads))](
                 qkv[base:], qkv.stride(0), positions[base:], slots[base:], *given,
                 *self._of_rows(QKV, layer, memory, base), **compiled, UNIT=self._lora.unit, HEADS=heads,
                 RANK_ONE=rank_one, RANK_FEW=rank_few, PARTS=self._parts(QKV),
@@ -195,7 +195,7 @@ class FusedLora:
             )  # fmt: skip
         if self._plan.num_wide:
             heads, warps, stages = WRITE_TILES_EXACT if self._lora.is_exact else WRITE_TILES
-            self._lora.launcher(write_kv_tiles, (blocks(heads), self._plan.num_wide))(
+            write_kv_tiles[(blocks(heads), self._plan.num_wide)](
                 qkv, qkv.stride(0), positions, slots, *given, *self._of_tiles(QKV, layer, memory),
                 **compiled, HEADS=heads, BLOCK_T=BLOCK_TOKENS[WIDE], **self._compiled_tiles(warps, stages),
             )  # fmt: skip
