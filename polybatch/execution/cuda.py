@@ -50,7 +50,7 @@ from polybatch.execution.sharding import row_spec
 from polybatch.execution.vocabulary import patch_logits
 from polybatch.kernels import sample
 from polybatch.kernels.linear.cuda import LinearWorkspace, pack
-from polybatch.kernels.lora.carried import MIN_ROWS
+from polybatch.kernels.lora import carried
 from polybatch.kernels.lora.cuda import CudaLora
 from polybatch.kernels.lora.cuda_carried import Carrier
 from polybatch.kernels.lora.work import (
@@ -417,7 +417,7 @@ class CudaExecutor:
 
     def _variants(self, num_rows: int, is_decode: bool) -> tuple[Variant, ...]:
         """Of the graphs of so many rows."""
-        can_carry = self._shared.carrier is not None and num_rows >= MIN_ROWS
+        can_carry = self._shared.carrier is not None and num_rows >= carried.MIN_ROWS
         return variants(is_decode=is_decode, can_carry=can_carry)
 
     def _fits_graph(self, filled: Filled, launched: LoraPlan) -> bool:
