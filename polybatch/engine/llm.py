@@ -93,7 +93,8 @@ class LLM:
         tokenizer = with_template(tokenizer or loaded.tokenizer, chat_template)
         needed = adapter_bytes((adapters or {}).values(), resolve_dtype(config))
         self.config = settle(config, loaded.spec, needed)
-        runner = build_executor(loaded.weights, self.config, model=str(loaded.path or model))
+        with collector_paused():
+            runner = build_executor(loaded.weights, self.config, model=str(loaded.path or model))
         pack = runner.pack_adapter if isinstance(runner, PackingExecutor) else None
         store = AdapterStore(loaded.weights, runner.adapter_pages, pack)
         self.cost_key = cost_key(self.config, str(model), loaded.fingerprint)
