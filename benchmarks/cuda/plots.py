@@ -61,7 +61,8 @@ def adapters(known: Known, axes: Any) -> bool:
     )
     axes.set(ylabel="output tokens per second", title="256 requests, LoRAs of rank 16")
     axes.set_xticks(list(places), names, rotation=20)
-    axes.legend()
+    axes.margins(y=0.25)
+    axes.legend(loc="upper right", ncols=2)
     return bool(shown)
 
 
