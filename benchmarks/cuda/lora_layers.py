@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -32,14 +32,19 @@ class Pool:
     """Random rows of adapters with these ranks (0 leaves a module out) in shuffled pages of some layers."""
 
     def __init__(
-        self, ranks: list[dict[str, tuple[int, bool, bool]]], layers: int, dtype: torch.dtype
+        self,
+        ranks: list[dict[str, tuple[int, bool, bool]]],
+        layers: int,
+        dtype: torch.dtype,
+        shapes: Mapping[str, tuple[int, int]] = SHAPES,
+        device: str = "cuda",
     ) -> None:
-        self.dtype = dtype
-        self.layouts = [plan_layout([r], SHAPES, dtype.itemsize, PAGE_BYTES) for r in ranks]
+        self.dtype, self.shapes = dtype, shapes
+        self.layouts = [plan_layout([r], shapes, dtype.itemsize, PAGE_BYTES) for r in ranks]
         num_pages = sum(layout.num_pages for layout in self.layouts)
         order = np.random.default_rng(0).permutation(num_pages)
         elements = num_pages * PAGE_BYTES // dtype.itemsize
-        self.memory = torch.empty(layers, elements, dtype=dtype, device="cuda").normal_(std=0.05)
+        self.memory = torch.empty(layers, elements, dtype=dtype, device=device).normal_(std=0.05)
         self.pages, words, templates = [], [], []
         for layout in self.layouts:
             pages, order = order[: layout.num_pages].astype(np.int64), order[layout.num_pages :]
@@ -47,7 +52,7 @@ class Pool:
             templates.append(held.template_at(sum(map(len, words))))
             words.append(held.starts(pages, PAGE_BYTES))
             self.pages.append(pages)
-        self.words = torch.from_numpy(np.concatenate(words)).cuda()
+        self.words = torch.from_numpy(np.concatenate(words)).to(device)
         self.templates = np.stack(templates)
 
     def expected(self, group, layer, x, y, segments):
@@ -56,7 +61,7 @@ class Pool:
         for start, stop, n in segments:
             column = 0
             for module in GROUPS[group]:
-                out, in_ = SHAPES[module]
+                out, in_ = self.shapes[module]
                 at = (slice(start, stop), slice(column, column + out))
                 column += out
                 places = self.layouts[n].layers[0].get(module)
@@ -72,8 +77,9 @@ class Pool:
         return result
 
     def _rows(self, memory, n, page, offset, width):
-        starts = torch.from_numpy((self.pages[n][page] * PAGE_BYTES + offset) // self.dtype.itemsize).cuda()
-        return memory[starts[:, None] + torch.arange(width, device="cuda")].double()
+        starts = torch.from_numpy((self.pages[n][page] * PAGE_BYTES + offset) // self.dtype.itemsize)
+        columns = torch.arange(width, device=memory.device)
+        return memory[starts.to(memory.device)[:, None] + columns].double()
 
 
 class Step:
