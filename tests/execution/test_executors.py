@@ -47,6 +47,19 @@ NAMES = [
 ]
 """The interpreter takes minutes; `test_cuda.py` holds that executor to the reference in seconds."""
 
+MODELS = ["llama", "mistral", "qwen2", "qwen3"]
+
+cheap = pytest.mark.parametrize(
+    ("executor", "model_name"),
+    [
+        pytest.param(*param.values, model, marks=param.marks if model != "qwen3" else ())
+        for param in NAMES
+        for model in MODELS
+    ],
+    indirect=["executor"],
+)
+"""For tests that take about a second even in the interpreter: there one family runs them each time."""
+
 PRECISIONS: dict[str, dict[str, str]] = {
     "bfloat16": {"dtype": "bfloat16"},
     "int8": {"quantization": "int8"},
@@ -70,7 +83,7 @@ def weights(name: str) -> HFWeights:
     return HFWeights(tiny_model(name))
 
 
-@pytest.fixture(params=["llama", "mistral", "qwen2", "qwen3"])
+@pytest.fixture(params=MODELS)
 def model_name(request):
     return request.param
 
@@ -229,6 +242,7 @@ def test_vocabulary_deltas_touch_only_their_own_rows(executor, model_name, kind)
         assert same(executor, got, run_alone(executor, prompt, adapter))
 
 
+@cheap
 def test_an_adapter_of_the_vocabulary_alone_takes_no_pages(executor, model_name):
     delta = vocabulary_delta("full", tiny_model(model_name).lm_head.weight, seed=15)
     adapter = dataclasses.replace(random_adapter(executor.spec, {}), embedding=delta, lm_head=delta)
@@ -248,6 +262,7 @@ def test_base_rows_do_not_notice_adapters_beside_them(executor):
     assert torch.equal(base_row(None), base_row(rank[64]))
 
 
+@cheap
 def test_logit_rows_come_in_the_order_of_chunks_and_positions(executor):
     lengths = [6, 9, 4, 8]
     driver = Driver(executor, seed=8)
@@ -261,6 +276,7 @@ def test_logit_rows_come_in_the_order_of_chunks_and_positions(executor):
     assert same(executor, logits, expected)
 
 
+@cheap
 def test_a_step_without_logit_rows_still_writes_its_keys_and_values(executor):
     prompt = random_tokens(15, seed=90)
     driver = Driver(executor, seed=9)
@@ -271,6 +287,7 @@ def test_a_step_without_logit_rows_still_writes_its_keys_and_values(executor):
     assert same(executor, last[0], run_alone(executor, prompt)[-1])
 
 
+@cheap
 def test_a_step_of_loads_and_copies_alone_returns_no_rows(executor):
     logits = executor.forward(StepPlan(chunks=(), copies=(PageCopy(0, 1),)), {})
     assert logits.shape == (0, executor.spec.vocab_size)
@@ -292,6 +309,7 @@ def test_a_copied_page_continues_as_its_original(executor):
         assert same(executor, got, run_alone(executor, prompt + tail)[shared:])
 
 
+@cheap
 def test_copies_see_what_loads_of_the_same_step_wrote_or_are_refused(executor):
     adapter = adapters(executor.spec)[4]
     prompt = random_tokens(8, seed=110)
@@ -325,6 +343,7 @@ def test_an_adapter_loaded_again_elsewhere_gives_the_same_logits(executor):
     assert same(executor, driver.run([driver.add(prompt, adapter)], [])[0], first)
 
 
+@cheap
 def test_an_adapter_that_is_not_resident_is_refused(executor):
     adapter = adapters(executor.spec)[4]
     driver = Driver(executor)
@@ -334,6 +353,7 @@ def test_an_adapter_that_is_not_resident_is_refused(executor):
         executor.forward(plan, {adapter.digest: adapter})
 
 
+@cheap
 def test_release_and_close_may_be_called_at_any_time(executor):
     driver = Driver(executor)
     seq = driver.add(random_tokens(4))
