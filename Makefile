@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO_ADAPTERS := sentiment json-contact sql pirate
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow check bench clean
+.PHONY: demo test test-slow soak check bench clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/polybatch batch -i examples/mixed.jsonl -o demo-output.jsonl --overwrite \
@@ -16,7 +16,10 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow
+	POLYBATCH_SOAK_S=$${POLYBATCH_SOAK_S:-300} $(BIN)/python -m pytest -m slow
+
+soak: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow tests/server/test_soak.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
