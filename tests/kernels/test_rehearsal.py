@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from triton.runtime import _async_compile
 from triton.runtime.jit import JITFunction
 
 from polybatch.kernels.rehearsal import rehearsal
@@ -39,3 +40,26 @@ def test_a_rehearsal_that_fails_leaves_nothing_behind(launches: list[tuple[Any, 
     with rehearsal(1):
         JITFunction(kernel)[(1,)](1)
     assert launches[0][2] is True
+
+
+def test_a_kernel_that_does_not_compile_ends_the_rehearsal_with_its_error_and_nothing_else() -> None:
+    def fail() -> None:
+        raise MemoryError("too many registers")
+
+    before = JITFunction.run
+    finished: list[object] = []
+
+    def rehearse() -> None:
+        with rehearsal(2):
+            mode = _async_compile.active_mode.get()
+            assert mode is not None
+            mode.submit("bad", fail, finished.append)
+            mode.submit("good", lambda: "good", finished.append)
+
+    with pytest.raises(MemoryError, match="too many registers"):
+        rehearse()
+    assert finished == ["good"]
+    assert JITFunction.run is before
+    assert _async_compile.active_mode.get() is None
+    with rehearsal(1):
+        pass
