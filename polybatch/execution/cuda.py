@@ -34,20 +34,13 @@ from polybatch.execution.cuda_graphs import (
     mixed_ladder,
     variants,
 )
-from polybatch.execution.cuda_model import (
-    SPARE_OF,
-    DeviceWeights,
-    Workspace,
-    run_head,
-    run_layers,
-    with_spare,
-)
+from polybatch.execution.cuda_model import SPARE_OF, DeviceWeights, Workspace, run_head, run_layers
 from polybatch.execution.cuda_stage import Filled, Rescale, Shared, Stage, StageOperations
 from polybatch.execution.cuda_step import Array, Int64s, PageTable, lay_out
 from polybatch.execution.page_memory import TORCH_DTYPES, PageMemory, page_bytes
 from polybatch.execution.ranks import ALONE, MIN_PART_COLUMNS, Ranks
 from polybatch.execution.sharding import row_spec
-from polybatch.execution.vocabulary import patch_logits
+from polybatch.execution.vocabulary import hosts_of, patch_logits
 from polybatch.kernels import sample
 from polybatch.kernels.linear.cuda import LinearWorkspace, pack
 from polybatch.kernels.lora import carried
@@ -303,7 +296,7 @@ class CudaExecutor:
         if size is not None:
             graph_plan = self._graph_plan(size, layout.is_decode)
         filled = stage.fill(layout, plan.resident, self._sampled_at, size or layout.num_tokens, graph_plan)
-        filled.hosts = [_with_vocabulary(adapters.get(digest)) for digest in layout.digests]
+        filled.hosts = hosts_of(layout.digests, adapters)
         filled.rescale = self._rescale(layout.digests, layout.segments.tolist())
         if graph_plan is not None and not self._fits_graph(filled, graph_plan):
             size = None
@@ -320,7 +313,7 @@ class CudaExecutor:
             self._shared.carrier.take(*filled.carried, stage.fields.on["lora_carried"])
         if size is None or graphs is None:
             return stage, self._run_eager(stage, filled)
-        graphs.replay(size, variant_of(filled))
+        graphs.replay(size, filled.variant)
         if layout.is_decode:
             return stage, self._space.logits[: len(layout.logit_rows)]
         return stage, self._head(stage, filled, self._operations(stage, filled))
@@ -410,10 +403,8 @@ class CudaExecutor:
     def _rehearse_carrier(self, stage: Stage) -> None:
         if self._shared.carrier is None:
             return
-        space = self._space
-        inputs = (space.hidden, space.attention, space.hidden, space.activated)
-        wide = [with_spare(x, name) for name, x in zip(SPARE_OF, inputs, strict=True)]
-        self._shared.carrier.rehearse(wide, space.gate_up, stage.fields.on["lora_carried"])
+        inputs, on = self._space.wide_inputs(), stage.fields.on["lora_carried"]
+        self._shared.carrier.rehearse(inputs, self._space.gate_up, on)
 
     def _variants(self, num_rows: int, is_decode: bool) -> tuple[Variant, ...]:
         """Of the graphs of so many rows."""
@@ -499,18 +490,3 @@ class CudaLaunch:
         tokens, finite = self._host.tolist()
         errors = {row: "the model's logits are not finite" for row, fine in enumerate(finite) if not fine}
         return Sampled(tokens, errors=errors)
-
-
-def _with_vocabulary(weights: AdapterWeights | None) -> AdapterWeights | None:
-    if weights is None or (weights.embedding is None and weights.lm_head is None):
-        return None
-    return weights
-
-
-def variant_of(filled: Filled) -> Variant:
-    """What the graph must launch; those of mixed steps always launch wide items."""
-    is_wide = filled.has_wide or not filled.layout.is_decode
-    shared = Variant.SHARED if is_wide else Variant.PLAIN
-    if filled.carried is not None:
-        return shared | Variant.CARRIED
-    return shared if filled.lora is None else shared | Variant.ADAPTED

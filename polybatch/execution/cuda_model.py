@@ -186,6 +186,11 @@ class Workspace:
             buffer = torch.empty(wide[name][0], dtype=kind, device=device)
             setattr(self, name, buffer[:rows, :width])
 
+    def wide_inputs(self) -> list[torch.Tensor]:
+        """What each of FUSED's products reads, with spare elements, which there must be."""
+        inputs = (self.hidden, self.attention, self.hidden, self.activated)
+        return [with_spare(x, name) for name, x in zip(FUSED, inputs, strict=True)]
+
 
 def with_spare(x: torch.Tensor, name: str) -> torch.Tensor:
     """Rows of a workspace's buffer with their spare elements, as input of a product."""

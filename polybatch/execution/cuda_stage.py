@@ -15,6 +15,7 @@ import torch
 
 from polybatch.config import ModelSpec
 from polybatch.execution.cuda_adapters import CudaAdapters
+from polybatch.execution.cuda_graphs import Variant
 from polybatch.execution.cuda_model import FUSED, DeviceWeights, with_spare
 from polybatch.execution.cuda_step import Layout, PageTable, fill_tokens, token_fields
 from polybatch.execution.ranks import COLUMN_PARALLEL, Ranks
@@ -102,18 +103,28 @@ class Filled:
     def changes_vocabulary(self) -> bool:
         return any(host is not None for host in self.hosts)
 
+    @property
+    def variant(self) -> Variant:
+        """What the graph must launch; those of mixed steps always launch wide items."""
+        is_wide = self.has_wide or not self.layout.is_decode
+        shared = Variant.SHARED if is_wide else Variant.PLAIN
+        if self.carried is not None:
+            return shared | Variant.CARRIED
+        return shared if self.lora is None else shared | Variant.ADAPTED
+
 
 class Stage:
     """Arrays for steps of at most max_tokens tokens, max_seqs chunks and max_logits rows of logits.
 
-    wide: whether adapters' wide tiles may be planned; graphs launch none.
+    wide: whether adapters' wide tiles may be planned; graphs of decode steps launch none.
+    can_fuse: as of what is shared.
     """
 
     def __init__(
         self, shared: Shared, max_tokens: int, max_seqs: int, max_logits: int, *, wide: bool
     ) -> None:
         self.shared = shared
-        self._wide, self._can_fuse = wide, shared.can_fuse
+        self._wide, self.can_fuse = wide, shared.can_fuse
         spec = shared.spec
         self.windows = sorted({spec.window(i) for i in range(spec.num_layers)}, key=lambda w: w or 0)
         self.limits = self.limits_for(max_tokens, max_seqs)
@@ -171,7 +182,7 @@ class Stage:
             else:
                 filled.lora = lora_work.fill(
                     views, segments, templates, shared.lora.shapes, shared.max_h,
-                    num_rows=num_rows, wide=self._wide, graph=graph, is_fused=self._can_fuse,
+                    num_rows=num_rows, wide=self._wide, graph=graph, is_fused=self.can_fuse,
                 )  # fmt: skip
         else:
             views["lora_bounds"][:1] = 0
@@ -208,8 +219,8 @@ class StageOperations:
     """A step's operations over a stage's arrays; see `StepOperations`.
 
     lora: what to launch for adapters, None for nothing. carries: whether the carrier holds the step's only
-    one, which is in the products then. works: per window, which kinds of item attention
-    has, None for any within limits.
+    one, which is in the products then. works: per window, which kinds of item attention has, None in graphs:
+    any within limits.
     """
 
     def __init__(
@@ -230,6 +241,10 @@ class StageOperations:
         self._num_rows = num_rows
         self._lora = lora
         self._carrier = self._shared.carrier if carries else None
+        # Graphs are for adapters of any rank, whichever is carried now.
+        self._silu_leaves_h = (
+            self._carrier is not None and works is not None and self._carrier.takes_silu(num_rows)
+        )
         self._works = works
         self._limits = limits or stage.limits
         self._scratch = scratch or stage.scratch
@@ -237,7 +252,7 @@ class StageOperations:
         self._patched = patched
         self._rescale = rescale
         self._fused: FusedLora | None = None
-        if lora is not None and lora.is_fusable and self._shared.can_fuse:
+        if lora is not None and lora.is_fusable and stage.can_fuse:
             self._fused = FusedLora(
                 self._shared.lora, self._shared.adapters.words, stage.fields.on, lora, num_rows
             )
@@ -287,7 +302,7 @@ class StageOperations:
         linear = shared.weights.layers[layer].products[name]
         if self._carrier is not None:
             x = with_spare(x, name)
-            if name != "down" or not self._carrier.takes_silu(self._num_rows):
+            if name != "down" or not self._silu_leaves_h:
                 self._carrier.shrink(GROUP_OF[name], layer, x, self._stage.fields.on["lora_carried"])
         if self._fused is not None and self._lora is not None:
             shared.lora.shrink_beside(
@@ -309,7 +324,7 @@ class StageOperations:
                 self._rescale(layer, name, out)
 
     def activate(self, layer: int, gate_up: torch.Tensor, out: torch.Tensor) -> None:
-        if self._carrier is not None and self._carrier.takes_silu(self._num_rows):
+        if self._carrier is not None and self._silu_leaves_h:
             self._carrier.silu_mul(
                 layer, gate_up, with_spare(out, "down"), self._stage.fields.on["lora_carried"]
             )

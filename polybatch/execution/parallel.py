@@ -18,7 +18,7 @@ import torch
 from polybatch.adapters.weights import AdapterWeights
 from polybatch.config import ModelSpec
 from polybatch.execution import parallel_messages as ms
-from polybatch.execution.cuda import CudaExecutor, CudaLaunch, variant_of
+from polybatch.execution.cuda import CudaExecutor, CudaLaunch
 from polybatch.execution.cuda_adapters import CudaAdapters
 from polybatch.execution.cuda_stage import Filled, Rescale, Stage
 from polybatch.execution.cuda_step import Array, Int64s
@@ -198,7 +198,7 @@ class ParallelExecutor(ShardedExecutor):
             num_rows=filled.num_rows,
             digests=list(filled.layout.digests) if is_rescaled else [],
             segments=filled.layout.segments.tolist() if is_rescaled else [],
-            graph=None if size is None else variant_of(filled).value,
+            graph=None if size is None else filled.variant.value,
             lora=filled.lora,
             attention=list(filled.attention.items()),
         )

@@ -5,7 +5,7 @@ Rare and never in pages: an adapter brings the tables in host memory, and they a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -15,6 +15,15 @@ Segments = Sequence[Sequence[int]]
 """Rows (first token, last token + 1, index of the adapter)."""
 
 Hosts = Sequence[AdapterWeights | None]
+
+
+def hosts_of(digests: Sequence[str], adapters: Mapping[str, AdapterWeights]) -> Hosts:
+    """Of each digest, the adapter if it changes a vocabulary layer. adapters: by digest."""
+    found = [adapters.get(digest) for digest in digests]
+    return [
+        None if weights is None or (weights.embedding is None and weights.lm_head is None) else weights
+        for weights in found
+    ]
 
 
 def patch_embeddings(x: torch.Tensor, token_ids: torch.Tensor, segments: Segments, hosts: Hosts) -> None:

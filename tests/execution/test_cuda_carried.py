@@ -13,7 +13,8 @@ from polybatch.adapters.weights import AdapterWeights
 from polybatch.execution.cuda import CudaExecutor
 from polybatch.execution.cuda_graphs import Variant
 from polybatch.execution.eager import EagerExecutor
-from polybatch.kernels.lora import carried
+from polybatch.kernels.lora import carried, cuda_carried
+from polybatch.kernels.lora.cuda_carried import Carrier
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIMITS: dict[str, Any] = {
@@ -138,6 +139,59 @@ def test_graphs_carry_whichever_adapter_a_step_has(weights: HFWeights) -> None:
     carries = Variant.CARRIED | Variant.SHARED
     assert mixed.replayed == [(32, carries), (16, carries), (32, carries), (16, Variant.SHARED)]
     assert decode.replayed == [(4, Variant.CARRIED)] * 2
+
+
+def test_graphs_of_any_size_are_for_adapters_of_any_rank(
+    weights: HFWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `silu_mul` leaves is for few rows of A, and which adapter comes is not known at capture."""
+    monkeypatch.setattr(cuda_carried, "SILU_ROWS", 1)
+    left: list[int] = []
+    silu_mul = Carrier.silu_mul
+
+    def told(self: Carrier, layer: int, *given: Any) -> None:
+        left.append(layer)
+        silu_mul(self, layer, *given)
+
+    monkeypatch.setattr(Carrier, "silu_mul", told)
+    executor = CudaExecutor(weights, **LIMITS | {"dtype": "float16"}, device=DEVICE)
+    executor.arena.fill_(0)
+    adapter = random_adapter(weights.spec, {"down_proj": 5}, name="few rows of A")
+    step(executor, [adapter])
+    assert held(executor) == adapter.digest
+    assert left == list(range(weights.spec.num_layers))
+    left.clear()
+    executor._graphs = Replays([2], executor._run_decode)
+    step(executor, [adapter])
+    assert left == []
+
+
+def test_columns_that_were_not_filled_hold_no_adapter(
+    weights: HFWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = CudaExecutor(weights, **LIMITS, device=DEVICE, max_num_logits=96)
+    executor.arena.fill_(0xFF)
+    adapter = random_adapter(weights.spec, {"q_proj": 4, "down_proj": 4}, name="late")
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda_carried, "_record", Failing(cuda_carried._record))
+        with pytest.raises(MemoryError):
+            step(executor, [adapter])
+    assert held(executor) is None
+    step(executor, [adapter])
+    assert held(executor) == adapter.digest
+
+
+class Failing:
+    """A function whose second call fails."""
+
+    def __init__(self, function: Any) -> None:
+        self._function, self._num_calls = function, 0
+
+    def __call__(self, *args: Any) -> Any:
+        self._num_calls += 1
+        if self._num_calls == 2:
+            raise MemoryError
+        return self._function(*args)
 
 
 def test_few_rows_are_not_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,7 +84,7 @@ class Carrier:
         self._unit = ALIGN_BYTES // pages.element_size()
         self._is_exact = pages.dtype == torch.float32
         self.held: object = None
-        """Key of the adapter in the columns."""
+        """Key of the adapter in the columns; None where they hold none, or may hold parts of two."""
         self._down_rank = 0
 
     def take(self, key: object, template: Int32Array, on: torch.Tensor) -> None:
@@ -95,7 +95,7 @@ class Carrier:
         """
         if key == self.held:
             return
-        self.held, self._down_rank = key, int(template[-1, RANK])
+        self.held = None
         for group, shape in enumerate(self._shapes):
             outs = (*shape.outs, 0, 0)
             grid = (len(self._weights), triton.cdiv(sum(outs), PLACE_OUTS))
@@ -105,6 +105,7 @@ class Carrier:
                 COLUMNS=SPARE[group], UNIT=self._unit, BLOCK_N=PLACE_OUTS,
                 LARGEST=torch.finfo(self._pages.dtype).max, num_warps=4,
             )  # fmt: skip
+        self.held, self._down_rank = key, int(template[-1, RANK])
 
     def rehearse(self, inputs: Sequence[torch.Tensor], gate_up: torch.Tensor, on: torch.Tensor) -> None:
         """Launch everything, no adapter being there. inputs: per group, as `shrink` takes; on: zeros."""
@@ -133,7 +134,7 @@ class Carrier:
         )  # fmt: skip
 
     def takes_silu(self, num_rows: int) -> bool:
-        """Whether `silu_mul` is for a step of so many rows and the adapter in the columns."""
+        """Whether `silu_mul` is for a step of so many rows and the adapter in the columns now."""
         return num_rows >= SILU_ROWS and self._down_rank <= SILU_RANK and not self._is_exact
 
     def silu_mul(self, layer: int, gate_up: torch.Tensor, out: torch.Tensor, on: torch.Tensor) -> None:
