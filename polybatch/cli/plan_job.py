@@ -107,8 +107,10 @@ def _machine(
     settled = settle(asked, loaded.spec, adapter_bytes(engine.adapters().values(), resolve_dtype(asked)))
     costs = costs_for(cost_key(settled, model, loaded.fingerprint))
     tokenizer = with_template(loaded.tokenizer, chat_template)
-    door = Door(loaded.spec, settled.scheduler.max_model_len, tokenizer)
-    return door, settled.scheduler, settled.pool, costs if costs.is_ready else None
+    pool = settled.pool
+    pool_tokens = pool.num_pages * pool.page_size
+    door = Door(loaded.spec, settled.scheduler.max_model_len, tokenizer, pool_tokens=pool_tokens)
+    return door, settled.scheduler, pool, costs if costs.is_ready else None
 
 
 def _adapter_refs(engine: EngineOptions, pool: PoolSpec) -> dict[str, AdapterRef]:

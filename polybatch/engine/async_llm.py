@@ -137,7 +137,13 @@ class AsyncLLM:
         seed = self.settings.get("seed") or 0
         assert isinstance(seed, int)
         self._door = Door(
-            self.spec, self.max_model_len, self._tokenizer, self._table, seed, is_compiling=False
+            self.spec,
+            self.max_model_len,
+            self._tokenizer,
+            self._table,
+            seed,
+            is_compiling=False,
+            pool_tokens=self._ready.num_pages * self.page_size,
         )
         self._checker = GrammarChecker(self._door.vocabulary)
         self._supervisor = asyncio.create_task(self._supervise())

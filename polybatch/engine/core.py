@@ -83,7 +83,9 @@ class EngineCore:
         self.executor, self.scheduler = executor, scheduler
         self._ahead = executor if isinstance(executor, AheadExecutor) else None
         self.tokenizer, self.store = tokenizer, store
-        self.door = Door(executor.spec, max_model_len, tokenizer, store, seed, clock)
+        pool = executor.pool
+        pool_tokens = pool.num_pages * pool.page_size
+        self.door = Door(executor.spec, max_model_len, tokenizer, store, seed, clock, pool_tokens=pool_tokens)
         self.times = StepTimes()
         self.step_log = StepLog(scheduler.arena.adapters.is_resident)
         self.costs = OnlineCost() if costs is None else costs

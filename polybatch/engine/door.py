@@ -30,7 +30,8 @@ class Door:
 
     max_model_len: prompt + output in tokens. seed: requests without their own get one made from it and
     from how many came before, so that equal runs are equal. is_compiling: whether `prepare` compiles what an
-    output must follow, rather than whoever runs the request.
+    output must follow, rather than whoever runs the request. pool_tokens: how many memory holds, if known;
+    refusals say by it what raises the limit.
     """
 
     def __init__(
@@ -42,10 +43,12 @@ class Door:
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
         is_compiling: bool = True,
+        pool_tokens: int | None = None,
     ) -> None:
         self.grammars = GrammarCompiler(self.vocabulary)
         self._is_compiling = is_compiling
         self.spec, self.max_model_len = spec, max_model_len
+        self._raising = ways_to_raise(max_model_len, spec.max_position, pool_tokens)
         self._tokenizer, self._adapters = tokenizer, adapters
         self._seed, self._clock = seed, clock
         self._num_requests = 0
@@ -91,7 +94,7 @@ class Door:
                 f"stop is {list(params.stop)}, but this model has no tokenizer: use stop_token_ids",
                 field="stop",
             )
-        max_tokens = resolve_max_tokens(len(token_ids), params, self.max_model_len)
+        max_tokens = resolve_max_tokens(len(token_ids), params, self.max_model_len, self._raising)
         stop_ids = frozenset(params.stop_token_ids)
         if params.structured is not None:
             self._check_structured(params.structured)
@@ -147,7 +150,7 @@ class Door:
 
     def _token_ids(self, ids: Sequence[int]) -> tuple[int, ...]:
         """A prompt's tokens, checked. Raises RequestError."""
-        check_length(ids, self.max_model_len)
+        check_length(ids, self.max_model_len, self._raising)
         try:
             # Prompts are long: types, extremes and the copy take one pass, outside of Python.
             token_ids: tuple[int, ...] = msgspec.convert(ids, self._prompt_type)
@@ -164,7 +167,16 @@ class Door:
         return self._tokenizer
 
 
-def check_length(token_ids: Sequence[int], max_model_len: int) -> None:
+def ways_to_raise(max_model_len: int, max_position: int, pool_tokens: int | None) -> tuple[str, ...]:
+    """What lets longer requests in, for the end of a refusal: nothing at the model's own limit."""
+    if max_model_len >= max_position:
+        return ()
+    if pool_tokens is not None and max_model_len >= pool_tokens:
+        return ("raise memory, and max_model_len if it is set",)
+    return ("raise max_model_len",)
+
+
+def check_length(token_ids: Sequence[int], max_model_len: int, raising: Sequence[str]) -> None:
     """Raise RequestError unless the prompt is a list with tokens in it and leaves room for one more."""
     if not isinstance(token_ids, (list, tuple)):
         kind = type(token_ids).__name__
@@ -174,7 +186,7 @@ def check_length(token_ids: Sequence[int], max_model_len: int) -> None:
     if len(token_ids) >= max_model_len:
         raise RequestError(
             f"prompt has {len(token_ids):,} tokens, max_model_len is {max_model_len:,} and must leave room "
-            "for one more: shorten the prompt or raise max_model_len",
+            f"for one more: {_any_of('shorten the prompt', *raising)}",
             field="prompt",
         )
 
@@ -197,21 +209,27 @@ def check_vocabulary(field: str, ids: Iterable[int], vocab_size: int) -> None:
             )
 
 
-def resolve_max_tokens(num_prompt: int, params: SamplingParams, max_model_len: int) -> int:
+def resolve_max_tokens(
+    num_prompt: int, params: SamplingParams, max_model_len: int, raising: Sequence[str]
+) -> int:
     """Output tokens that the request may have. Raises RequestError if its limits do not fit the model."""
     room = max_model_len - num_prompt
     max_tokens = room if params.max_tokens is None else params.max_tokens
     if max_tokens > room:
         raise RequestError(
             f"prompt has {num_prompt:,} tokens and max_tokens is {max_tokens:,}, together "
-            f"{num_prompt + max_tokens:,}; max_model_len is {max_model_len:,}: lower max_tokens, shorten the "
-            "prompt or raise max_model_len",
+            f"{num_prompt + max_tokens:,}; max_model_len is {max_model_len:,}: "
+            f"{_any_of('lower max_tokens', 'shorten the prompt', *raising)}",
             field="max_tokens",
         )
     if params.min_tokens > max_tokens:
         raise RequestError(
             f"min_tokens is {params.min_tokens:,}, but only {max_tokens:,} tokens fit after the prompt: "
-            "lower min_tokens, shorten the prompt or raise max_model_len",
+            f"{_any_of('lower min_tokens', 'shorten the prompt', *raising)}",
             field="min_tokens",
         )
     return max_tokens
+
+
+def _any_of(*ways: str) -> str:
+    return " or ".join(filter(None, (", ".join(ways[:-1]), ways[-1])))

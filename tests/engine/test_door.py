@@ -10,9 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polybatch.config import PoolSpec, SchedulerConfig
+from polybatch.engine.core import EngineCore
 from polybatch.engine.door import Door
 from polybatch.errors import RequestError
-from polybatch.execution.fake import fake_spec
+from polybatch.execution.fake import FakeExecutor, fake_spec
+from polybatch.request import SamplingParams
+from polybatch.scheduling.scheduler import Scheduler
 
 VOCAB = 258
 
@@ -99,3 +103,33 @@ def test_a_request_keeps_its_tokens_whatever_becomes_of_the_callers_list() -> No
     request = door().prepare("r", ids)
     ids[0] = 999
     assert request.prompt_token_ids == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("max_model_len", "pool_tokens", "way_out"),
+    [
+        (200, 208, r"or raise max_model_len$"),
+        (208, 208, r"or raise memory, and max_model_len if it is set$"),
+        (fake_spec(VOCAB).max_position, None, r" or shorten the prompt$"),
+    ],
+    ids=["set by the user", "what memory holds", "the model's own"],
+)
+def test_a_request_that_is_too_long_is_told_what_set_the_limit(
+    max_model_len: int, pool_tokens: int | None, way_out: str
+) -> None:
+    its = Door(fake_spec(VOCAB), max_model_len, pool_tokens=pool_tokens)
+    with pytest.raises(RequestError, match=way_out) as caught:
+        its.prepare("r", [1, 2, 3], SamplingParams(max_tokens=max_model_len))
+    assert caught.value.field == "max_tokens"
+    with pytest.raises(RequestError, match=way_out.replace(" or shorten", ": shorten")) as caught:
+        its.prepare("r", [1] * max_model_len)
+    assert caught.value.field == "prompt"
+
+
+def test_an_engine_whose_memory_holds_less_than_the_model_could_take_says_so() -> None:
+    pool = PoolSpec(num_pages=4, page_size=16, page_bytes=128, num_layers=1)
+    executor = FakeExecutor(pool=pool)
+    limits = SchedulerConfig(max_model_len=64)
+    core = EngineCore(executor, Scheduler(limits, pool), max_model_len=limits.max_model_len)
+    with pytest.raises(RequestError, match="raise memory"):
+        core.door.prepare("r", [1] * 64)
