@@ -22,13 +22,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-import triton
 
 from polybatch.kernels.linear.cuda import FUSED_TOKENS, Fp8Linear, Int4Linear, LinearWorkspace, pack
 from polybatch.kernels.linear.cuda_config import Int4Config, int4_config
@@ -39,6 +37,7 @@ from polybatch.kernels.linear.quantize_symmetric import (
     quantize_fp8,
     quantize_int4_symmetric,
 )
+from polybatch.kernels.rehearsal import rehearsal
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512)
@@ -212,7 +211,7 @@ def configs_to_check(tokens: int, layout: Int4Layout, case: Case) -> list[Int4Co
 
 def compile_all() -> None:
     """Compile what will be checked and timed, on all processors at once."""
-    with triton.AsyncCompileMode(ThreadPoolExecutor(os.cpu_count())):
+    with rehearsal(os.cpu_count() or 1):
         for case in CASES:
             weight = quantize_int4_symmetric(torch.randn(case.out, case.inputs, device="cuda"), case.group)
             zeros = torch.zeros_like(weight.scales, dtype=torch.uint8) if case.zeros else None
@@ -226,7 +225,7 @@ def compile_all() -> None:
                     int4_config(tokens, layout.rows, layout.k_tiles, kernel) for kernel in kernels(layout)
                 ]
                 for config in [*chosen, *configs_to_check(tokens, layout, case)]:
-                    linear.compile_fused(x[:tokens], out[:tokens], config)
+                    linear.forward_fused(x[:tokens], out[:tokens], config)
         workspace = LinearWorkspace("cuda", torch.bfloat16, 1024)
         for num_out, inputs in SHAPES.values():
             linear = Int4Linear(random_layout(num_out, inputs), workspace)
@@ -234,7 +233,7 @@ def compile_all() -> None:
             out = torch.empty(256, num_out, device="cuda", dtype=torch.bfloat16)
             for tokens in (1, 16, 32, 64, 128, 256):
                 for config in candidates(tokens, linear.layout):
-                    linear.compile_fused(x[:tokens], out[:tokens], config)
+                    linear.forward_fused(x[:tokens], out[:tokens], config)
 
 
 def fused(linear: Int4Linear, x: torch.Tensor, config: Int4Config) -> Run:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from triton.runtime import interpreter
 
 from polybatch.errors import ConfigError, EngineError
+from polybatch.kernels.gluon import runs_hopper_kernels
 from polybatch.kernels.linear import cuda
 from polybatch.kernels.linear.cuda import Fp8Linear, Int4Linear, LinearWorkspace, pack
 from polybatch.kernels.linear.cuda_config import Int4Config, int4_config
@@ -26,7 +27,7 @@ from polybatch.kernels.linear.quantize_symmetric import (
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_HOPPER = DEVICE == "cuda" and cuda._has_hopper(torch.device("cuda"))
+HAS_HOPPER = runs_hopper_kernels()
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 

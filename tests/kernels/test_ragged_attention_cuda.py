@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polybatch.errors import EngineError
+from polybatch.kernels.gluon import runs_hopper_kernels
 from polybatch.kernels.ragged_attention import cuda, merge_states, ragged_attention
 from polybatch.kernels.ragged_attention.work import (
     Heads,
@@ -225,7 +226,7 @@ def test_one_warp_begins_in_the_middle_of_a_page():
     check(Case([(90, 1), (40, 3), (20, 1)], ranges=[[21, 91], [17, 30], [7, 7]], tiles=tiles))
 
 
-@pytest.mark.skipif(not cuda.runs_pipelined(), reason="needs a Hopper GPU and the Triton it was written for")
+@pytest.mark.skipif(not runs_hopper_kernels(), reason="needs a Hopper GPU and the Triton it was written for")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     ("heads", "keys", "num_sms"), [(Heads(32, 8, 128), 64, 132), (Heads(6, 2, 64), 64, 3), (LARGE, 128, 5)]

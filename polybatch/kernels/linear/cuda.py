@@ -10,13 +10,14 @@ captured in a CUDA graph. Layers share the workspace, so they must run one after
 
 from __future__ import annotations
 
-import os
 from typing import Any, Protocol
 
 import torch
 import triton
 
 from polybatch.errors import ConfigError
+from polybatch.kernels.gluon import runs_hopper_kernels
+from polybatch.kernels.interpret import is_interpreted
 from polybatch.kernels.linear.cuda_config import Int4Config, int4_config
 from polybatch.kernels.linear.cuda_fp8 import quantize_tokens_kernel
 from polybatch.kernels.linear.cuda_int4 import dequantize_kernel, int4_linear_kernel
@@ -42,7 +43,7 @@ BIASED_TOKENS = range(17, 385)
 """So many tokens' products with long sums are faster where a bias is added, if only 0: cuBLASLt, which torch
 calls then, chooses other kernels than cuBLAS does (14336 inputs, 128 tokens: 46 us for 53).
 """
-_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_INTERPRETED = is_interpreted()
 _LADDER = (8, 16, 32, 64, *range(128, HOPPER_FUSED_TOKENS + 1, 128))
 
 
@@ -131,7 +132,9 @@ class Int4Linear:
         self.layout = layout
         self._workspace = workspace
         self._chunk_rows = _chunk_rows(layout, workspace)
-        self._is_hopper = layout.is_grouped and layout.offsets is None and _has_hopper(workspace.device)
+        self._is_hopper = (
+            layout.is_grouped and layout.offsets is None and runs_hopper_kernels(workspace.device)
+        )
         self._fused_tokens = HOPPER_FUSED_TOKENS if self._is_hopper else FUSED_TOKENS
         self._descriptors: dict[int, Any] = {}
         for is_hopper in {False, self._is_hopper}:
@@ -167,11 +170,6 @@ class Int4Linear:
         """One launch. The workspace must have been reserved for the configuration."""
         kernel, grid, arguments, options = self._launch(x, out, config)
         kernel[grid](*arguments, **options)
-
-    def compile_fused(self, x: torch.Tensor, out: torch.Tensor, config: Int4Config) -> None:
-        """Compile what forward_fused would launch; inside triton.AsyncCompileMode many at a time."""
-        kernel, grid, arguments, options = self._launch(x, out, config)
-        kernel.warmup(*arguments, grid=grid, **options)
 
     def _launch(
         self, x: torch.Tensor, out: torch.Tensor, config: Int4Config
@@ -250,13 +248,6 @@ class Int4Linear:
                 num_warps=4,
             )
             torch.mm(x, weight.T, out=out[:, first : first + num_rows])
-
-
-def _has_hopper(device: torch.device) -> bool:
-    """Whether Hopper's kernel runs there: on its GPUs, with the version of Gluon it was written for."""
-    if device.type != "cuda" or _INTERPRETED:
-        return False
-    return torch.cuda.get_device_capability(device) == (9, 0) and triton.__version__.startswith("3.6.")
 
 
 def _has_aligned_rows(x: torch.Tensor) -> bool:

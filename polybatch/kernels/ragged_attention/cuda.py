@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from polybatch.kernels.gluon import runs_hopper_kernels
 from polybatch.kernels.ragged_attention.turns import page_turns, turns
 from polybatch.kernels.ragged_attention.work import Heads, Limits, SharedTiles, Tile, Tiles
 
@@ -49,8 +50,6 @@ SHARED_HOPPER = replace(
     narrow=Tile(16, 32, num_warps=1, num_stages=3, programs_per_sm=6, max_registers=168),
     pipelined=Tile(128, 64, num_stages=4, programs_per_sm=1),
 )
-# `hopper.py` is written in Triton's Gluon, which may change from version to version.
-GLUON_VERSIONS = ("3.6",)
 
 
 @triton.jit
@@ -336,14 +335,8 @@ def choose_tiles(heads: Heads, dtype: torch.dtype) -> Tiles:
             narrow=replace(tiles.narrow, max_registers=None),
             wide=replace(tiles.wide, max_registers=None),
         )
-    return replace(tiles, shared=SHARED_HOPPER if heads.head_dim == 128 and runs_pipelined() else SHARED)
-
-
-def runs_pipelined() -> bool:
-    """Whether the current device runs what `hopper.py` compiles to, and Triton can compile it."""
-    if triton.__version__.rpartition(".")[0] not in GLUON_VERSIONS or not torch.cuda.is_available():
-        return False
-    return torch.version.hip is None and torch.cuda.get_device_capability() == (9, 0)
+    is_pipelined = heads.head_dim == 128 and runs_hopper_kernels()
+    return replace(tiles, shared=SHARED_HOPPER if is_pipelined else SHARED)
 
 
 def _padded(heads: Heads) -> int:
