@@ -69,7 +69,7 @@ def pool_bytes(
 
 
 def weight_bytes(spec: ModelSpec, dtype: str, quantization: str | None) -> int:
-    """Bytes of the weights as `DeviceWeights` holds them."""
+    """Bytes of the weights as `DeviceWeights` holds them, at most: several GPUs have no spare columns."""
     itemsize = TORCH_DTYPES[dtype].itemsize
     per_layer = sum(out * into for out, into in spec.linear_shapes.values())
     if quantization is None:
