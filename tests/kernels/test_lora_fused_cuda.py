@@ -119,8 +119,13 @@ def test_the_norm_takes_rows_of_b_in_turns_of_any_size(elements, monkeypatch):
     test_the_norm_gets_the_adapters_of_o_and_down_and_writes_in_place("rows that share a program", O)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize(
+    ("case", "full"),
+    [
+        *((case, True) for case in CASES),
+        *((case, False) for case in ("single rows", "rows that share a program", "long and short chunks")),
+    ],
+)
 def test_write_kv_gets_the_adapters_of_q_k_and_v_before_bias_norm_and_rotation(case, full):
     step = Step(QKV, case)
     num_pages = step.num_rows // PAGE_SIZE + 2
