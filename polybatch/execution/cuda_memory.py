@@ -13,6 +13,7 @@ from polybatch.config import ModelSpec
 from polybatch.errors import ConfigError
 from polybatch.execution.cuda_model import FUSED, SPARE_OF, workspace_shapes
 from polybatch.execution.page_memory import TORCH_DTYPES
+from polybatch.kernels.linear.cuda import SCRATCH_BYTES
 from polybatch.kernels.ragged_attention.cuda import choose_tiles
 from polybatch.kernels.ragged_attention.work import Heads, make_limits
 
@@ -56,6 +57,7 @@ def pool_bytes(
         spec, dtype, num_sms, max_num_tokens=max_num_tokens, max_num_seqs=max_num_seqs,
         max_num_logits=max_num_logits, max_model_len=max_model_len,
     )  # fmt: skip
+    step += product_bytes(spec, quantization, max_num_tokens)
     left = usable - weights - step - RESERVE
     if left <= 0:
         allowed = "" if utilization is None else f", {usable / gib:.1f} of them by gpu_memory_utilization"
@@ -78,6 +80,17 @@ def weight_bytes(spec: ModelSpec, dtype: str, quantization: str | None) -> int:
     bits = _BITS.get(quantization) or 8.0 * itemsize
     vocabulary = spec.vocab_size * spec.hidden_size * (1 if spec.tie_embeddings else 2)
     return int(spec.num_layers * per_layer * bits / 8) + vocabulary * itemsize
+
+
+def product_bytes(spec: ModelSpec, quantization: str | None, max_num_tokens: int) -> int:
+    """Bytes that packed products share: fp8's rounded inputs and its outputs, weights that int4 widens."""
+    if quantization is None:
+        return 0
+    if quantization != "fp8":
+        return SCRATCH_BYTES
+    outs = [sum(spec.linear_shapes[f"{part}_proj"][0] for part in parts) for parts in FUSED.values()]
+    ins = [into for _, into in spec.linear_shapes.values()]
+    return max_num_tokens * (max(ins) + 4 + 2 * max(outs))
 
 
 def step_bytes(

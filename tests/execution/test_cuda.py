@@ -171,6 +171,10 @@ def test_a_gpu_too_small_for_the_model_is_refused_with_numbers(monkeypatch: pyte
     left = cuda_memory.pool_bytes(spec, "bfloat16", None, "cuda", **limits)
     assert 55 * 2**30 < left < 63 * 2**30
     assert cuda_memory.pool_bytes(spec, "bfloat16", "int4", "cuda", **limits) > left + 9 * 2**30
+    fp8 = [cuda_memory.pool_bytes(spec, "bfloat16", "fp8", "cuda", **limits | {"max_num_tokens": n})
+           for n in (8448, 16896)]  # fmt: skip
+    # A token's inputs and outputs of the widest product, and its share of everything else.
+    assert fp8[0] - fp8[1] > 8448 * (14336 + 2 * 28672 + 2 * (28672 + 14336))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (16 * 2**30, 80 * 2**30))
     with pytest.raises(ConfigError, match=r"16\.0 GiB free; the weights take 15\.2.*use a quantization"):
         cuda_memory.pool_bytes(spec, "bfloat16", None, "cuda", **limits)

@@ -125,20 +125,20 @@ def test_what_the_columns_cannot_hold_is_added_as_ever(weights: HFWeights, execu
 def test_graphs_carry_whichever_adapter_a_step_has(weights: HFWeights) -> None:
     graphed = CudaExecutor(weights, **LIMITS, device=DEVICE, max_num_logits=96)
     graphed.arena.fill_(0xFF)
-    mixed = graphed._mixed_graphs = Replays([16, 32], graphed._run_mixed)
-    decode = graphed._graphs = Replays([2, 4], graphed._run_decode)
+    mixed = graphed._mixed_graphs = Replays([8, 16], graphed._run_mixed)
+    decode = graphed._graphs = Replays([3], graphed._run_decode)
     one, other = (random_adapter(weights.spec, {"q_proj": 4, "down_proj": 9}, seed=i) for i in range(2))
     for adapters in ([None, one, one], [other, None, other]):
         found = []
         for executor in (EagerExecutor(weights, **LIMITS), graphed):
             driver = Driver(executor)
-            seqs = [driver.add(random_tokens(9, seed=i), adapter) for i, adapter in enumerate(adapters)]
-            found.append(driver.run(seqs, [[8, 4, 8], [0, 4, 0], [1, 1, 1]]))
+            seqs = [driver.add(random_tokens(5, seed=i), adapter) for i, adapter in enumerate(adapters)]
+            found.append(driver.run(seqs, [[4, 2, 4], [0, 2, 0], [1, 1, 1]]))
         for expected, got in zip(*found, strict=True):
             torch.testing.assert_close(got.cpu(), expected, rtol=1e-4, atol=1e-4)
     carries = Variant.CARRIED | Variant.SHARED
-    assert mixed.replayed == [(32, carries), (16, carries), (32, carries), (16, Variant.SHARED)]
-    assert decode.replayed == [(4, Variant.CARRIED)] * 2
+    assert mixed.replayed == [(16, carries), (8, carries), (16, carries), (8, Variant.SHARED)]
+    assert decode.replayed == [(3, Variant.CARRIED)] * 2
 
 
 def test_graphs_of_any_size_are_for_adapters_of_any_rank(
