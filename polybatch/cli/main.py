@@ -6,6 +6,7 @@ Exit status: 0 done, 1 a check failed, 2 a wrong flag, file or checkpoint, 130 s
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 
@@ -25,7 +26,7 @@ from polybatch.cli import (
     serve,
     simulate,
 )
-from polybatch.errors import PolybatchError
+from polybatch.errors import ConfigError, PolybatchError
 
 app = typer.Typer(
     name="polybatch",
@@ -65,12 +66,27 @@ def root(
     """Run a language model over many requests and many adapters in the same batch."""
 
 
+def _with_flags(message: str, args: Sequence[str]) -> str:
+    """A ConfigError's message with the flags that were typed in place of the settings' names."""
+    for arg in args:
+        flag = arg.partition("=")[0]
+        name = flag.removeprefix("--").replace("-", "_")
+        if flag.startswith("--") and name.isidentifier():
+            # Names of one word, such as memory, are said in sentences, too.
+            pattern = rf"\b{name}\b" if "_" in name else rf"\A{name}(?= is )"
+            message = re.sub(pattern, flag, message)
+    return message
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point. Ends the process: errors that name a way out are printed without a traceback."""
+    args = sys.argv[1:] if args is None else list(args)
     try:
-        app(args=None if args is None else list(args))
+        app(args=args)
     except PolybatchError as error:
-        print(f"polybatch: error: {error}", file=sys.stderr)
+        # Errors of checkpoints and adapters speak of what is in their files.
+        message = _with_flags(str(error), args) if type(error) is ConfigError else str(error)
+        print(f"polybatch: error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -54,6 +54,21 @@ def test_paragraphs_of_help_are_filled_for_the_terminal(
         assert len(line) + len(after.split()[0]) >= 77
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--max-num-seqs", "0"], "--max-num-seqs is 0; it must be"),
+        (["--max-model-len=-1", "--memory", "1GiB"], "--max-model-len is -1; it must be"),
+        (["--memory", "much"], "--memory is 'much'; it must be"),
+    ],
+)
+def test_a_wrong_setting_is_named_by_the_flag_that_was_typed(
+    flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("info", *flags) == 2
+    assert capsys.readouterr().err.startswith(f"polybatch: error: {said}")
+
+
 def test_the_version_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--version") == 0
     assert capsys.readouterr().out == f"polybatch {__version__}\n"
