@@ -97,6 +97,7 @@ def test_two_ranks_give_one_ranks_logits_in_mixed_steps(llama):
     check_same(llama, adapters(llama.weights.spec), [6, 3, 5, 4, 3], [[5, 2, 3, 0, 2]])
 
 
+@pytest.mark.slow
 def test_a_prompt_on_the_matrix_unit_with_an_adapter_gives_one_ranks_logits(llama):
     check_same(llama, adapters(llama.weights.spec)[3:4], [WIDE_TOKENS], [])
 
