@@ -7,7 +7,7 @@ never looked at; reference counts free them as ever.
 Python freezes all or nothing, so of several engines in a process the last one gives the heap back.
 
 Prompts are put in with the collector paused (`collector_paused`): it would look at each of their tokens, more
-than once, before the device has anything to do. So is an executor made, whose graphs are a million launches.
+than once, before the device has anything to do. So is an executor made, of thousands of launches.
 """
 
 from __future__ import annotations
